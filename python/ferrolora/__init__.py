@@ -1,0 +1,96 @@
+"""QLoRA on an ordinary machine: 4-bit base weights, fused kernels, PEFT-compatible adapters.
+
+Names load on first use, so that `import ferrolora` costs little more than importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ferrolora import ops as _ops  # registers torch.ops.ferrolora.*, which compiled graphs refer to by name
+
+if TYPE_CHECKING:
+    from ferrolora import nn as nn
+    from ferrolora.adapters.base import PeftConfig as PeftConfig
+    from ferrolora.adapters.base import PeftType as PeftType
+    from ferrolora.adapters.base import TaskType as TaskType
+    from ferrolora.adapters.lora import LoraConfig as LoraConfig
+    from ferrolora.errors import CudaError as CudaError
+    from ferrolora.errors import FerroloraError as FerroloraError
+    from ferrolora.errors import FormatError as FormatError
+    from ferrolora.errors import QuantizationError as QuantizationError
+    from ferrolora.errors import ShapeError as ShapeError
+    from ferrolora.errors import TargetError as TargetError
+    from ferrolora.errors import UnsupportedError as UnsupportedError
+    from ferrolora.integrations.transformers import FerroloraConfig as FerroloraConfig
+    from ferrolora.io.adapter import get_peft_model_state_dict as get_peft_model_state_dict
+    from ferrolora.io.adapter import set_peft_model_state_dict as set_peft_model_state_dict
+    from ferrolora.model.auto import AutoPeftModel as AutoPeftModel
+    from ferrolora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from ferrolora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from ferrolora.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from ferrolora.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from ferrolora.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from ferrolora.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from ferrolora.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from ferrolora.model.peft_model import PeftModel as PeftModel
+    from ferrolora.model.peft_model import get_peft_model as get_peft_model
+    from ferrolora.model.quantize import quantize_model as quantize_model
+    from ferrolora.ops.dequantize import dequantize as dequantize
+    from ferrolora.ops.linear import LowRank as LowRank
+    from ferrolora.ops.linear import linear as linear
+    from ferrolora.ops.quantize import quantize as quantize
+    from ferrolora.spec import QuantSpec as QuantSpec
+    from ferrolora.tensor import QuantTensor as QuantTensor
+
+_HOME = {  # public name -> the module that defines it
+    "quantize": "ferrolora.ops.quantize",
+    "dequantize": "ferrolora.ops.dequantize",
+    "linear": "ferrolora.ops.linear",
+    "LowRank": "ferrolora.ops.linear",
+    "QuantSpec": "ferrolora.spec",
+    "QuantTensor": "ferrolora.tensor",
+    "FerroloraError": "ferrolora.errors",
+    "ShapeError": "ferrolora.errors",
+    "QuantizationError": "ferrolora.errors",
+    "UnsupportedError": "ferrolora.errors",
+    "FormatError": "ferrolora.errors",
+    "CudaError": "ferrolora.errors",
+    "TargetError": "ferrolora.errors",
+    "LoraConfig": "ferrolora.adapters.lora",
+    "TaskType": "ferrolora.adapters.base",
+    "PeftType": "ferrolora.adapters.base",
+    "PeftConfig": "ferrolora.adapters.base",
+    "get_peft_model": "ferrolora.model.peft_model",
+    "PeftModel": "ferrolora.model.peft_model",
+    "AutoPeftModel": "ferrolora.model.auto",
+    "AutoPeftModelForCausalLM": "ferrolora.model.auto",
+    "AutoPeftModelForFeatureExtraction": "ferrolora.model.auto",
+    "AutoPeftModelForQuestionAnswering": "ferrolora.model.auto",
+    "AutoPeftModelForSeq2SeqLM": "ferrolora.model.auto",
+    "AutoPeftModelForSequenceClassification": "ferrolora.model.auto",
+    "AutoPeftModelForTokenClassification": "ferrolora.model.auto",
+    "prepare_model_for_kbit_training": "ferrolora.model.kbit",
+    "quantize_model": "ferrolora.model.quantize",
+    "get_peft_model_state_dict": "ferrolora.io.adapter",
+    "set_peft_model_state_dict": "ferrolora.io.adapter",
+    "FerroloraConfig": "ferrolora.integrations.transformers",
+}
+_SUBMODULES = ("nn",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"ferrolora.{name}")
+    if name == "__version__":
+        from ferrolora import _native
+
+        return _native.version()
+    if name not in _HOME:
+        raise AttributeError(f"module 'ferrolora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_SUBMODULES, "__version__"})

@@ -1,0 +1,109 @@
+"""The compiled kernels. Tensors are contiguous CPU tensors; outputs are passed in; `threads` never changes a result."""
+
+from torch import Tensor
+
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def version() -> str: ...
+def codebook(name: str) -> list[float]: ...
+def quantize_4bit(
+    x: Tensor,
+    quant_type: str,
+    block_size: int,
+    codes: Tensor,
+    absmax: Tensor,
+    threads: int,
+    name: str | None = None,
+) -> None: ...
+def double_quantize(absmax: Tensor, codes: Tensor, nested_absmax: Tensor, threads: int) -> float: ...
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    out: Tensor,
+    threads: int,
+) -> None: ...
+def quantize_int8(x: Tensor, codes: Tensor, scb: Tensor, threads: int, name: str | None = None) -> None: ...
+def dequantize_int8(codes: Tensor, scb: Tensor, out: Tensor, threads: int) -> None: ...
+def quantize_blockwise(
+    x: Tensor,
+    block_size: int,
+    codes: Tensor,
+    absmax: Tensor,
+    threads: int,
+    name: str | None = None,
+) -> None: ...
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor, threads: int) -> None: ...
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    y: Tensor,
+    threads: int,
+) -> None: ...
+def linear_lora(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: int,
+    y: Tensor,
+    s: Tensor,
+    threads: int,
+) -> None: ...
+def linear_backward(
+    dy: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    dx: Tensor,
+    threads: int,
+) -> None: ...
+def linear_lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: int,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    threads: int,
+) -> None: ...
+def dropout_mask(seed: int, rows: int, cols: int, p: float, out: Tensor) -> None: ...

@@ -1,0 +1,216 @@
+"""`QuantLinear`: torch.nn.Linear with its weight in 4 or 8 bits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ferrolora.errors import FormatError, ShapeError
+from ferrolora.nn.quant_state import from_state, read_spec, state_keys, to_state
+from ferrolora.ops.linear import LowRank, linear_packed
+from ferrolora.ops.quantize import quantize
+from ferrolora.spec import QuantSpec
+from ferrolora.tensor import QuantTensor, expected_parts
+
+_DEFAULT = QuantSpec()
+_BUFFERS = {"weight.absmax": "weight_absmax", "weight.nested_absmax": "weight_nested_absmax", "SCB": "weight_absmax"}
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer over a frozen quantized weight: `y = x·deq(W)ᵀ + bias`.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias `[N]`. Default True.
+        spec: the codec. Default nf4, blocks of 64, double quantization.
+        device: of the tensors; "meta" allocates nothing. Default None: torch's default device.
+        dtype: of the bias, and of what `dequantize()` returns. Default None: torch's default type.
+
+    The tensors are not initialised: use `from_linear`, `from_quant_tensor` or `load_state_dict`.
+    The weight is a frozen parameter of packed codes; its scales are buffers, whose type never follows `.to(dtype)`.
+    """
+
+    weight_absmax: Tensor
+    weight_nested_absmax: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        spec: QuantSpec = _DEFAULT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the float weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.spec = spec
+        self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.weight_offset = 0.0
+        made = {
+            name: None if part is None else torch.empty(part[1], dtype=part[0], device=device)
+            for name, part in expected_parts(spec, (out_features, in_features)).items()
+        }
+        self.weight = nn.Parameter(made["codes"], requires_grad=False)
+        self.register_buffer("weight_absmax", made["absmax"])
+        self.register_buffer("weight_nested_absmax", made["nested_absmax"])
+        empty_bias = torch.empty(out_features, device=device, dtype=self.compute_dtype) if bias else None
+        self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: QuantSpec = _DEFAULT, name: str | None = None) -> "QuantLinear":
+        """Quantize a float layer. The bias is shared with it, not copied.
+
+        Args:
+            linear: weight float32, float16 or bfloat16 `[N, K]`.
+            spec: the codec. Default nf4, blocks of 64, double quantization.
+            name: what an error calls the weight. Default None.
+
+        Raises:
+            QuantizationError: the weight holds NaN or infinity.
+        """
+        layer = cls.from_quant_tensor(quantize(linear.weight, spec, name), linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_quant_tensor(cls, qt: QuantTensor, bias: nn.Parameter | None = None) -> "QuantLinear":
+        """Wrap a quantized weight `[N, K]` and an optional bias `[N]`, both shared, not copied."""
+        if len(qt.shape) != 2:
+            raise ShapeError(f"QuantLinear needs a weight [N, K], not {list(qt.shape)}")
+        n, k = qt.shape
+        layer = cls(k, n, bias=False, spec=qt.spec, device="meta", dtype=qt.dtype)
+        layer.weight = nn.Parameter(qt.codes, requires_grad=False)
+        layer.weight_absmax = qt.absmax
+        layer.weight_nested_absmax = qt.nested_absmax
+        layer.weight_offset = qt.offset
+        layer.bias = bias
+        return layer
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight, under the name by which PEFT finds layers that offer `dequantize()`."""
+        return self.weight
+
+    def quant_tensor(self) -> QuantTensor:
+        """The weight as a QuantTensor over the layer's own tensors."""
+        return QuantTensor(
+            self.weight.detach(),
+            self.weight_absmax,
+            self.weight_nested_absmax,
+            self.weight_offset,
+            self.spec,
+            torch.Size((self.out_features, self.in_features)),
+            self.compute_dtype,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight `[N, K]`, freshly decoded, in `dtype` (default None: `compute_dtype`)."""
+        return self.quant_tensor().dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x·deq(W)ᵀ + bias`: x `[..., K]`, float32, float16 or bfloat16, to `[..., N]` in the type of x."""
+        return self._linear(x, None)
+
+    def forward_with_low_rank(self, x: Tensor, lora: LowRank) -> Tensor:
+        """`x·deq(W)ᵀ + bias + scaling·(drop(x)·Aᵀ)·Bᵀ` in one fused call; shapes as `ferrolora.linear`."""
+        return self._linear(x, lora)
+
+    def _linear(self, x: Tensor, lora: LowRank | None) -> Tensor:
+        return linear_packed(
+            x,
+            self.weight,
+            self.weight_absmax,
+            self.weight_nested_absmax,
+            self.weight_offset,
+            self.spec.quant_type,
+            self.spec.block_size,
+            self.out_features,
+            self.in_features,
+            self.bias,
+            lora,
+        )
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        codec = f"{spec.quant_type}, block_size={spec.block_size}, double_quant={spec.double_quant}"
+        return f"{super().extra_repr()}, {codec if spec.is_4bit else spec.quant_type}, compute_dtype={self.compute_dtype}"
+
+    def reset_parameters(self) -> None:
+        """Do nothing: a packed weight is loaded or quantized, never drawn at random."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        scales = {name: self._buffers[name] for name in ("weight_absmax", "weight_nested_absmax")}
+        self._buffers.update(dict.fromkeys(scales))  # out of the way of nn.Module, which would cast them
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(scales)
+        for name, scale in scales.items():
+            self._buffers[name] = None if scale is None else _moved(scale, fn)
+        self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        state = to_state(self.quant_tensor())
+        state["weight"] = self.weight
+        if self.bias is not None:
+            state["bias"] = self.bias
+        for key, tensor in state.items():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check the entries against this layer, then let nn.Module copy or assign them under the buffers' names."""
+        keys = state_keys(self.spec)
+        wanted = {prefix + key for key in (*keys, *(["bias"] if self.bias is not None else []))}
+        found = {key for key in state_dict if key.startswith(prefix)}
+        local = {key: state_dict[key] for key in found if key == f"{prefix}bias"}
+        absent = [prefix + key for key in keys if prefix + key not in found]
+        if not absent:
+            local |= self._checked_entries(state_dict, prefix, local_metadata)
+        elif len(absent) < len(keys):
+            self._refuse_other_codec(state_dict, prefix)
+        nn_missing: list[str] = []
+        super()._load_from_state_dict(local, prefix, local_metadata, strict, nn_missing, unexpected_keys, error_msgs)
+        quantized = {f"{prefix}{name}" for name in ("weight", *_BUFFERS.values())}
+        missing_keys += absent + [key for key in nn_missing if key not in quantized]
+        if strict:
+            unexpected_keys += sorted(found - wanted - set(local))
+
+    def _checked_entries(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        shape = (self.out_features, self.in_features)
+        qt = from_state(state_dict, prefix, shape, self.compute_dtype)
+        if qt.spec != self.spec:
+            raise FormatError(f"{prefix}weight was saved with {qt.spec}, but the layer was built with {self.spec}")
+        self.weight_offset = qt.offset
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.compute_dtype = qt.dtype
+        parts = {"weight": qt.codes, "weight_absmax": qt.absmax, "weight_nested_absmax": qt.nested_absmax}
+        return {prefix + name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def _refuse_other_codec(self, state_dict: dict[str, Any], prefix: str) -> None:
+        try:
+            spec = read_spec(state_dict, prefix)
+        except FormatError:
+            return  # float or incomplete entries: the missing keys are reported by name
+        if spec != self.spec:
+            raise FormatError(f"{prefix}weight was saved with {spec}, but the layer was built with {self.spec}")
+
+
+def _moved(scale: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """fn(scale) without its change of type: half-precision scales would change every weight of the block."""
+    moved = fn(scale)
+    return moved if moved.dtype == scale.dtype else scale.to(moved.device)

@@ -1,0 +1,48 @@
+"""What every operator asks of its inputs before a kernel runs."""
+
+import torch
+from torch import Tensor
+
+from ferrolora.errors import ShapeError, UnsupportedError
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def require_float(op: str, what: str, dtype: torch.dtype) -> None:
+    """Raise UnsupportedError unless dtype is one that the kernels compute in."""
+    if dtype not in FLOAT_TYPES:
+        raise UnsupportedError(f"{op}: {what} is {dtype}; the kernels take float32, float16 and bfloat16")
+
+
+def require_cpu(op: str, x: Tensor, codec: tuple[str, int], **others: Tensor | None) -> None:
+    """Raise UnsupportedError, naming the whole problem, if a tensor is not on the CPU."""
+    for what, tensor in (("input", x), *others.items()):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise UnsupportedError(
+                f"{op}: no kernel for the {what} on {tensor.device} (input {list(x.shape)} {x.dtype}, "
+                f"quant_type {codec[0]}, block_size {codec[1]}); only cpu is supported: move it with .to('cpu')"
+            )
+
+
+def require_linear(op: str, x: Tensor, n: int, k: int, bias: Tensor | None) -> None:
+    """Raise ShapeError or UnsupportedError unless x is float [..., k] and bias float [n] or None."""
+    require_float(op, "x", x.dtype)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ShapeError(f"{op}: x must be [..., {k}] for a weight [{n}, {k}], not {list(x.shape)}")
+    if bias is not None:
+        require_float(op, "bias", bias.dtype)
+        if tuple(bias.shape) != (n,):
+            raise ShapeError(f"{op}: bias must be [{n}], not {list(bias.shape)}")
+
+
+def require_low_rank(op: str, n: int, k: int, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Raise ShapeError or UnsupportedError unless A is [r, k] and B [n, r], of one float type, r at least 1."""
+    rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+    if rank == 0 or tuple(lora_a.shape) != (rank, k) or tuple(lora_b.shape) != (n, rank):
+        raise ShapeError(
+            f"{op}: A must be [r, {k}] and B [{n}, r] with r of at least 1, "
+            f"not {list(lora_a.shape)} and {list(lora_b.shape)}"
+        )
+    require_float(op, "A", lora_a.dtype)
+    if lora_b.dtype != lora_a.dtype:
+        raise UnsupportedError(f"{op}: A and B must have one type, not {lora_a.dtype} and {lora_b.dtype}")

@@ -1,0 +1,91 @@
+"""`ferrolora::dequantize_4bit`: packed 4-bit codes and scales back to floats, fresh or into a caller's tensor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ferrolora import _native
+from ferrolora.ops.checks import require_float
+from ferrolora.ops.library import define
+
+_WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float offset, str quant_type, int block_size"
+
+
+def _fake(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    require_float("dequantize_4bit", "the output", dtype)
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def _cpu(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _fake(codes, absmax, nested_absmax, offset, quant_type, block_size, shape, dtype)
+    _cpu_out(codes, absmax, nested_absmax, offset, quant_type, block_size, out)
+    return out
+
+
+def _fake_out(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    require_float("dequantize_4bit_out", "out", out.dtype)
+
+
+def _cpu_out(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    _fake_out(codes, absmax, nested_absmax, offset, quant_type, block_size, out)
+    nested = None if nested_absmax is None else nested_absmax.contiguous()
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    _native.dequantize_4bit(
+        codes.contiguous(),
+        absmax.contiguous(),
+        nested,
+        offset,
+        quant_type,
+        block_size,
+        target,
+        torch.get_num_threads(),
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+define(
+    f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+)
+define(
+    f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()",
+    cpu=_cpu_out,
+    fake=_fake_out,
+)

@@ -1,0 +1,204 @@
+"""`ferrolora::linear_lora` and its backward: base and low-rank branch in one pass over x.
+
+    S = drop(x)·Aᵀ      y = x·deq(W)ᵀ + bias + s·S·Bᵀ
+    dS = s·dY·B         dX = dY·deq(W) + drop'(dS·A)      dA = dSᵀ·drop(x)      dB = s·dYᵀ·S
+
+Dropout comes from a counter-based generator: backward draws the same mask again from the seed; it is never stored.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ferrolora import _native
+from ferrolora.errors import UnsupportedError
+from ferrolora.ops.checks import require_linear, require_low_rank
+from ferrolora.ops.library import define, differentiate
+from ferrolora.ops.linear_base import WEIGHT, bias_gradient, contiguous_weight, needs_grad, once_differentiable
+
+_LORA = "Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed"
+
+
+def _fake(
+    x: Tensor,  # [..., K]
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,  # [N]
+    lora_a: Tensor,  # [r, K]
+    lora_b: Tensor,  # [N, r]
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,  # int64 scalar
+) -> tuple[Tensor, Tensor]:
+    require_linear("linear_lora", x, n, k, bias)
+    require_low_rank("linear_lora", n, k, lora_a, lora_b)
+    if not 0.0 <= dropout_p < 1.0:
+        raise UnsupportedError(f"linear_lora: dropout_p must be at least 0 and below 1, not {dropout_p}")
+    if dropout_p > 0.0 and seed is None:
+        raise UnsupportedError(f"linear_lora: dropout_p {dropout_p} needs a seed")
+    lead = x.shape[:-1]
+    return x.new_empty((*lead, n)), x.new_empty((*lead, lora_a.shape[0]))  # [..., N], [..., r]
+
+
+def _cpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    weight = (codes, absmax, nested_absmax)
+    problem = (offset, quant_type, block_size, n, k)
+    y, s = _fake(x, *weight, *problem, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    _native.linear_lora(
+        x.contiguous().view(-1, k),
+        *contiguous_weight(*weight),
+        *problem,
+        None if bias is None else bias.contiguous(),
+        lora_a.contiguous(),
+        lora_b.contiguous(),
+        scaling,
+        dropout_p,
+        0 if seed is None else int(seed),
+        y.view(-1, n),
+        s.view(-1, s.shape[-1]),
+        torch.get_num_threads(),
+    )
+    return y, s
+
+
+def _fake_backward(
+    dy: Tensor,  # [..., N]
+    x: Tensor | None,  # [..., K]
+    s: Tensor | None,  # [..., r]
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],  # dx, da, db
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = dy.new_empty((*dy.shape[:-1], k) if needs[0] else (0,))
+    da = lora_a.new_empty(lora_a.shape if needs[1] else (0,))
+    db = lora_b.new_empty(lora_b.shape if needs[2] else (0,))
+    return dx, da, db
+
+
+def _cpu_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: float,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = (codes, absmax, nested_absmax)
+    problem = (offset, quant_type, block_size, n, k)
+    dx, da, db = _fake_backward(dy, x, s, *weight, *problem, lora_a, lora_b, scaling, dropout_p, seed, needs)
+    _native.linear_lora_backward(
+        dy.contiguous().view(-1, n),
+        None if x is None else x.contiguous().view(-1, k),
+        None if s is None else s.contiguous().view(-1, lora_a.shape[0]),
+        *contiguous_weight(*weight),
+        *problem,
+        lora_a.contiguous(),
+        lora_b.contiguous(),
+        scaling,
+        dropout_p,
+        0 if seed is None else int(seed),
+        dx.view(-1, k) if needs[0] else None,
+        da if needs[1] else None,
+        db if needs[2] else None,
+        torch.get_num_threads(),
+    )
+    return dx, da, db
+
+
+class _LinearLora(torch.autograd.Function):
+    """Base + LoRA. Saves x and S, and only where A and B need them; the rest are references to parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, *weight, offset, quant_type, block_size, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed = args
+        with torch._C._AutoDispatchBelowAutograd():
+            y, s = torch.ops.ferrolora.linear_lora(*args)
+        ctx.mark_non_differentiable(s)
+        saved_x = x if ctx.needs_input_grad[10] else None
+        saved_s = s if ctx.needs_input_grad[11] else None
+        ctx.save_for_backward(saved_x, saved_s, *weight, lora_a, lora_b, seed)
+        ctx.problem = (offset, quant_type, block_size, n, k)
+        ctx.scalars = (scaling, dropout_p)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dy = grads[0]
+        x, s, *weight, lora_a, lora_b, seed = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 10, 11)]
+        out: list[Tensor | None] = [None, None, None]
+        if any(needs):
+            lora = (lora_a, lora_b, *ctx.scalars, seed)
+            results = torch.ops.ferrolora.linear_lora_backward(dy, x, s, *weight, *ctx.problem, *lora, needs)
+            out = [grad if need else None for grad, need in zip(results, needs, strict=True)]
+        d_bias = bias_gradient(dy, ctx.problem[3], ctx.bias_dtype) if ctx.needs_input_grad[9] else None
+        return out[0], *[None] * 8, d_bias, out[1], out[2], None, None, None
+
+
+def _autograd(*args: Any) -> Any:
+    if needs_grad(*args):
+        return _LinearLora.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.ferrolora.linear_lora(*args)
+
+
+def _autograd_backward(*args: Any) -> Any:
+    return once_differentiable(torch.ops.ferrolora.linear_lora_backward.default, *args)
+
+
+define(f"linear_lora(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}) -> (Tensor y, Tensor s)", cpu=_cpu, fake=_fake)
+define(
+    f"linear_lora_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, {_LORA}, bool[] needs)"
+    " -> (Tensor dx, Tensor da, Tensor db)",
+    cpu=_cpu_backward,
+    fake=_fake_backward,
+)
+differentiate("linear_lora", _autograd)
+differentiate("linear_lora_backward", _autograd_backward)
