@@ -121,11 +121,14 @@ def dequantize_4bit(packed: Tensor, absmax: Tensor, quant_type: str, block_size:
 
 
 def quantize_blockwise(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """8-bit dynamic codes: the nearest map value, a tie to the lower. uint8 [numel], float32 [nblocks]."""
+    """8-bit dynamic codes: the nearest map value, a tie to the lower. uint8 [numel], float32 [nblocks].
+
+    float64 holds the midpoint of two neighbours of the map exactly, so "nearest" is exact.
+    """
     flat = x.reshape(-1).float()
     absmax = block_scale(flat, block_size)
-    values = dynamic_map()
-    codes = torch.bucketize(scaled_values(flat, absmax, block_size), (values[:-1] + values[1:]) / 2)
+    values = dynamic_map().double()
+    codes = torch.bucketize(scaled_values(flat, absmax, block_size).double(), (values[:-1] + values[1:]) / 2)
     return codes.to(torch.uint8), absmax
 
 

@@ -50,10 +50,18 @@ def threshold_neighbours(numel: int) -> Tensor:
     nf4 = rule.table("nf4")
     fp4 = torch.tensor([value for value, _ in rule.FP4_STEPS])
     centres = torch.cat([(nf4[:-1] + nf4[1:]) / 2, fp4, -fp4])
-    near = torch.cat([torch.nextafter(centres, torch.tensor(-2.0)), centres, torch.nextafter(centres, torch.tensor(2.0))])
+    near = torch.cat(
+        [torch.nextafter(centres, torch.tensor(-2.0)), centres, torch.nextafter(centres, torch.tensor(2.0))]
+    )
     blocks = [torch.cat([torch.ones(1), part]) for part in near.split(31)]
     line = torch.cat(blocks)
     return line.repeat(-(-numel // line.numel()))[:numel]
+
+
+def with_neighbours(centres: Tensor) -> Tensor:
+    """The float32 values just below, at and just above each centre."""
+    below, above = (torch.nextafter(centres, torch.tensor(end)) for end in (-2.0, 2.0))
+    return torch.cat([below, centres, above])
 
 
 def shapes() -> Iterator[tuple[int, int]]:
@@ -157,7 +165,7 @@ def dynamic_neighbours(numel: int, block_size: int) -> Tensor:
     """Midpoints of the dynamic map and their neighbours; every block starts with 1.0, so its scale is 1."""
     values = rule.dynamic_map()
     middle = (values[:-1] + values[1:]) / 2
-    near = torch.cat([torch.nextafter(middle, torch.tensor(-2.0)), middle, torch.nextafter(middle, torch.tensor(2.0))])
+    near = with_neighbours(middle)
     line = near.repeat(-(-numel // near.numel()))[:numel].clone()
     line[::block_size] = 1.0
     return line

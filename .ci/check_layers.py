@@ -1,0 +1,150 @@
+"""Check that imports point down the layers of ARCHITECTURE.md, in Python and in Rust.
+
+    python .ci/check_layers.py
+
+Python: every import of every file of the package is read, those inside functions and under TYPE_CHECKING too, and
+`importlib.import_module("...")` with a literal name. Rust: `cargo tree` must not show a crate a layer may not know.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "ferrolora"
+
+# Layer -> its height. A module may import its own layer and any lower one; layers of one height do not know each other.
+HEIGHT = {
+    "_native": 0,
+    "errors": 1,
+    "spec": 2,
+    "tensor": 3,
+    "ops": 4,
+    "nn": 5,
+    "adapters": 6,
+    "model": 7,
+    "io": 8,
+    "train": 8,
+    "integrations": 9,
+    "cli": 10,
+    "__main__": 11,
+}
+
+# (importer, imported): arrows the heights forbid, each with the reason it stands. A row that no import needs fails.
+ALLOWED: dict[tuple[str, str], str] = {}
+
+# Third-party package -> the layers that may name it. What is absent here must not be imported at all.
+THIRD_PARTY = {
+    "torch": set(HEIGHT),
+    "numpy": set(HEIGHT),
+    "safetensors": set(HEIGHT),
+    "transformers": {"model", "io", "train", "integrations", "cli"},
+    "huggingface_hub": {"io"},
+    "accelerate": {"integrations", "train"},
+    "matplotlib": {"train"},
+    "typer": {"cli"},
+    "rich": {"cli", "train"},
+    "peft": {"integrations"},
+    "bitsandbytes": {"integrations"},
+}
+
+# Crates a Rust layer must never reach, however indirectly.
+FORBIDDEN_CRATES = {"ferrolora-core": ("pyo3", "numpy", "cudarc", "ferrolora-py", "ferrolora-cuda")}
+
+
+def layer_of(path: Path) -> str:
+    """First path component below the package: "ops" of ops/linear.py, "spec" of spec.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").removesuffix(".pyi")
+
+
+def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of each import; `from a import b` gives a.b, so that a submodule is seen."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield node.lineno, first.value
+
+
+def python_errors() -> Iterator[str]:
+    """One message for each import that points the wrong way."""
+    unused = set(ALLOWED)
+    for path in sorted(PACKAGE.rglob("*.py*")):
+        if path.suffix not in (".py", ".pyi") or path == PACKAGE / "__init__.py":
+            continue  # the facade names every layer; nothing may import it (checked below)
+        layer = layer_of(path)
+        place = path.relative_to(ROOT)
+        if layer not in HEIGHT:
+            yield f"{place}: layer {layer!r} is not in .ci/check_layers.py"
+            continue
+        for line, name in imported_names(ast.parse(path.read_text())):
+            unused.discard((layer, target_layer(name)))
+            problem = judge(layer, name)
+            if problem:
+                yield f"{place}:{line}: {problem}"
+    yield from (f".ci/check_layers.py: ALLOWED {row} is no longer needed" for row in sorted(unused))
+
+
+def target_layer(name: str) -> str:
+    """The layer of a dotted name of ours, or ""."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ferrolora" and len(parts) > 1 and parts[1] in HEIGHT else ""
+
+
+def judge(layer: str, name: str) -> str:
+    """What is wrong with `name` imported in `layer`, or ""."""
+    if name.startswith("."):
+        return f"relative import {name}; write it absolute"
+    top = name.split(".")[0]
+    if top != "ferrolora":
+        if top in sys.stdlib_module_names or layer in THIRD_PARTY.get(top, set()):
+            return ""
+        return f"{layer} may not import {top}"
+    target = target_layer(name)
+    if not target:
+        return f"{layer} imports the facade ({name}); import the module that defines the name"
+    if target == layer or HEIGHT[target] < HEIGHT[layer] or (layer, target) in ALLOWED:
+        return ""
+    return f"{layer} may not import {target} ({name}): arrows point down"
+
+
+def rust_errors() -> Iterator[str]:
+    """One message for each crate that a Rust layer reaches and must not."""
+    for crate, forbidden in FORBIDDEN_CRATES.items():
+        command = [
+            "cargo",
+            "tree",
+            "--package",
+            crate,
+            "--edges",
+            "normal,build",
+            "--prefix",
+            "none",
+            "--format",
+            "{p}",
+        ]
+        listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        reached = {line.split()[0] for line in listing.splitlines() if line}
+        yield from (f"{crate} reaches the crate {name}" for name in sorted(reached.intersection(forbidden)))
+
+
+def main() -> int:
+    errors = [*python_errors(), *rust_errors()]
+    print(
+        "\n".join(errors)
+        if errors
+        else f"layers: {len(HEIGHT)} Python layers, {len(FORBIDDEN_CRATES)} crate, no arrow up"
+    )
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
