@@ -6,13 +6,14 @@ Names load on first use, so that `import ferrolora` costs little more than impor
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ferrolora import _register
 from ferrolora import ops as _ops  # registers torch.ops.ferrolora.*, which compiled graphs refer to by name
 
 if TYPE_CHECKING:
     from ferrolora import nn as nn
-    from ferrolora.adapters.base import PeftConfig as PeftConfig
-    from ferrolora.adapters.base import PeftType as PeftType
-    from ferrolora.adapters.base import TaskType as TaskType
+    from ferrolora.adapters.config import PeftConfig as PeftConfig
+    from ferrolora.adapters.config import PeftType as PeftType
+    from ferrolora.adapters.config import TaskType as TaskType
     from ferrolora.adapters.lora import LoraConfig as LoraConfig
     from ferrolora.errors import CudaError as CudaError
     from ferrolora.errors import FerroloraError as FerroloraError
@@ -57,9 +58,9 @@ _HOME = {  # public name -> the module that defines it
     "CudaError": "ferrolora.errors",
     "TargetError": "ferrolora.errors",
     "LoraConfig": "ferrolora.adapters.lora",
-    "TaskType": "ferrolora.adapters.base",
-    "PeftType": "ferrolora.adapters.base",
-    "PeftConfig": "ferrolora.adapters.base",
+    "TaskType": "ferrolora.adapters.config",
+    "PeftType": "ferrolora.adapters.config",
+    "PeftConfig": "ferrolora.adapters.config",
     "get_peft_model": "ferrolora.model.peft_model",
     "PeftModel": "ferrolora.model.peft_model",
     "AutoPeftModel": "ferrolora.model.auto",
@@ -94,3 +95,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_SUBMODULES, "__version__"})
+
+
+# Last, so that the package is whole if this imports the integration at once.
+_register.install()

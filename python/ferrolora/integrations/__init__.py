@@ -1,0 +1,1 @@
+"""Ferrolora in other libraries, by their public hooks."""

@@ -1,0 +1,214 @@
+"""Transformers: `FerroloraConfig` for `from_pretrained`, and the quantizer behind it.
+
+A linear layer becomes a `QuantLinear` when its weight arrives from the checkpoint, one tensor at a time. So the peak
+while loading is the quantized model and one tensor, a layer that the checkpoint does not know (a new head) is never
+quantized, and for a checkpoint that holds quantized weights the file alone decides what is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ferrolora.errors import FormatError, UnsupportedError
+from ferrolora.nn import QuantLinear
+from ferrolora.spec import QuantSpec
+
+METHOD = "ferrolora"
+
+# The layer that sends tokens to experts is small and decides discretely: an error in it is not an error in proportion.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
+
+FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Keys of one quantized linear after its module's name. Source: the checkpoint format of bitsandbytes 0.50.
+SERIALIZED_NAMES = [
+    "weight",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "SCB",
+    "weight_format",
+]
+
+
+class FerroloraConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+    """How `from_pretrained(path, quantization_config=…)` quantizes a model's linear layers.
+
+    The output head, task heads, routers, tied weights, and layers that the checkpoint does not hold stay as they are.
+
+    Args:
+        quant_type: "nf4" (default), "fp4" or "int8".
+        block_size: weights that share one scale, for the 4-bit types: 32, 64 (default), … 4096.
+        double_quant: quantize the scales of the 4-bit types to 8 bits; default True (4.127 bits a weight, not 4.5).
+        skip_modules: further modules to leave as they are: full names, ends of names, or regular expressions.
+        compute_dtype: float type that `dequantize()` and merging give by default: a torch dtype or its name; None
+            (default) is the model's own.
+
+    Raises:
+        UnsupportedError: an unknown quant_type, block_size or compute_dtype; lists the valid ones.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        skip_modules: Sequence[str] | None = None,
+        compute_dtype: torch.dtype | str | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise FormatError(f"quant_method is {quant_method!r}; FerroloraConfig reads {METHOD!r}")
+        spec = QuantSpec(quant_type, block_size, double_quant)
+        self.quant_method = METHOD
+        self.quant_type = spec.quant_type
+        self.block_size = spec.block_size
+        self.double_quant = spec.double_quant
+        self.skip_modules = None if skip_modules is None else list(skip_modules)
+        self.compute_dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+        if self.compute_dtype is not None and self.compute_dtype not in FLOAT_TYPES:
+            raise UnsupportedError(f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(FLOAT_TYPES)}")
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The codec of the quantized weights."""
+        return QuantSpec(self.quant_type, self.block_size, self.double_quant)
+
+    @classmethod
+    def from_spec(cls, spec: QuantSpec, skip_modules: Sequence[str] | None = None) -> FerroloraConfig:
+        """The config that quantizes by `spec`."""
+        return cls(spec.quant_type, spec.block_size, spec.double_quant, skip_modules)
+
+
+class FerroloraQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads and saves quantized models; made by transformers when a config says `quant_method: ferrolora`."""
+
+    quantization_config: FerroloraConfig
+    requires_calibration = False
+    serialized_names = {"weight": SERIALIZED_NAMES}
+
+    def __init__(self, quantization_config: FerroloraConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._targets: frozenset[str] = frozenset()
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        """Refuse devices that have no kernel."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        elsewhere = sorted({str(place) for place in places} - {"cpu", "None", "auto"})
+        if elsewhere:
+            raise UnsupportedError(f"device_map puts modules on {elsewhere}; quantized layers run on 'cpu' only so far")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """`"auto"` may choose any device, and the CPU is the one that has kernels."""
+        return {"": "cpu"} if device_map == "auto" else device_map
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of one quantized weight, its share of the scales included."""
+        spec = self.quantization_config.spec
+        if not spec.is_4bit:
+            return 1.0
+        scale = 1 + 4 / 256 if spec.double_quant else 4
+        return 0.5 + scale / spec.block_size
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        self._targets = frozenset(quantizable_linears(model, self.quantization_config.skip_modules or ()))
+        if not self._targets:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no linear layer to quantize "
+                f"(skip_modules={self.quantization_config.skip_modules})"
+            )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Whether this parameter is the float weight of a layer to quantize."""
+        module, _, parameter = param_name.rpartition(".")
+        return parameter == "weight" and module in self._targets
+
+    def get_quantize_ops(self) -> Any:
+        """The step that turns a float weight, as it arrives, into a `QuantLinear`."""
+        from ferrolora.integrations.weight_conversion import QuantizeWeight
+
+        return QuantizeWeight(self.quantization_config)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """The step that turns the tensors of one quantized linear into a `QuantLinear`."""
+        from ferrolora.integrations.weight_conversion import ReadQuantized
+
+        return {"deserialize": lambda _: ReadQuantized(self.quantization_config)}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leave the tensors of quantized weights as stored; ReadQuantized casts the plain ones it is given."""
+        from ferrolora.integrations.weight_conversion import ReadQuantized
+
+        readers = [op for op in getattr(converter, "operations", ()) if isinstance(op, ReadQuantized)]
+        for reader in readers:
+            reader.float_dtype = dtype
+        return None if readers else super().get_new_dtype(converter, param, dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features, bias=False)
+                plain.weight = nn.Parameter(module.dequantize(dtype))
+                plain.bias = module.bias
+                model.set_submodule(name, plain)
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the quantized weights."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train over the quantized base."""
+        return True
+
+
+def quantizable_linears(model: Any, skip_modules: Sequence[str] = ()) -> list[str]:
+    """Names of the linear layers of a transformers model whose weights may be quantized.
+
+    All of the backbone but routers, tied weights and layers the model keeps in float32; nothing outside of the
+    backbone, since that is the output head or a task head.
+
+    Args:
+        model: a `PreTrainedModel`, on any device, meta included.
+        skip_modules: further modules to leave out: full names, ends of names, or regular expressions.
+
+    Returns: module names in the order of the model.
+    """
+    # Not at the top: this module is imported while transformers is being imported, and that one needs more of it.
+    from transformers.pytorch_utils import Conv1D
+
+    backbone = model.base_model
+    inside = {id(module) for module in backbone.modules()}
+    head = model.get_output_embeddings()
+    tied = model.all_tied_weights_keys
+    tied_modules = {key.rpartition(".")[0] for key in (*tied.keys(), *tied.values())}
+    kept = [*skip_modules, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and id(module) in inside
+        and module is not head
+        and name not in tied_modules
+        and name.rpartition(".")[2] not in ROUTERS
+        and should_convert_module(name, kept)
+    ]
+
+
+# Importing this module is what registers; ferrolora._register sees to it that the import happens in time.
+register_quantization_config(METHOD)(FerroloraConfig)
+register_quantizer(METHOD)(FerroloraQuantizer)

@@ -1,0 +1,113 @@
+"""What happens to one linear layer's tensors as transformers loads or saves a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+
+from ferrolora.errors import FormatError
+from ferrolora.integrations.transformers import FLOAT_TYPES, FerroloraConfig
+from ferrolora.nn import QuantLinear
+from ferrolora.nn.quant_state import from_state
+
+
+class QuantizeWeight(ConversionOps):  # type: ignore[misc]  # transformers ships no types
+    """A float weight arrives: quantize it and put a `QuantLinear` in the place of its layer.
+
+    Args:
+        config: how to quantize.
+    """
+
+    def __init__(self, config: FerroloraConfig) -> None:
+        self._config = config
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """`{"<layer>.weight": float [N, K]}` to the packed weight under the same name."""
+        assert model is not None
+        packed = {}
+        for key, value in input_dict.items():
+            name = key.removesuffix(".weight")
+            layer = model.get_submodule(name)
+            weight = value[0] if isinstance(value, list) else value
+            if isinstance(layer, Conv1D):
+                weight = weight.T  # Conv1D keeps [K, N]
+            source = nn.Linear(1, 1, bias=False, device="meta")
+            source.weight = nn.Parameter(weight, requires_grad=False)
+            source.bias = layer.bias
+            _install(model, name, QuantLinear.from_linear(source, self._config.spec, name=key), self._config)
+            packed[key] = model.get_parameter(key)
+        return packed
+
+
+class ReadQuantized(ConversionOps):  # type: ignore[misc]
+    """The tensors of one quantized layer arrive: check them and put a `QuantLinear` in its place.
+
+    Every key that ends in `weight` comes this way; one that is alone is a plain float weight and only gets its type.
+
+    Args:
+        config: of the checkpoint.
+
+    Attributes:
+        float_dtype: the type for a plain weight; None keeps the stored one.
+    """
+
+    def __init__(self, config: FerroloraConfig) -> None:
+        self._config = config
+        self.float_dtype: torch.dtype | None = None
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """`{"weight": …, "weight.absmax": …, …}` to the packed (or plain) weight under its full name."""
+        assert model is not None and full_layer_name is not None
+        state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if set(state) == {"weight"}:
+            plain = state["weight"]
+            if not plain.is_floating_point():
+                raise FormatError(f"{full_layer_name} is {plain.dtype}, but the tensors that decode it are missing")
+            return {full_layer_name: plain.to(self.float_dtype)}
+        name = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(name)
+        dtype = self.float_dtype if self.float_dtype is not None else torch.get_default_dtype()
+        qt = from_state({f"{name}.{key}": value for key, value in state.items()}, f"{name}.", _shape(layer), dtype)
+        _install(model, name, QuantLinear.from_quant_tensor(qt, layer.bias), self._config)
+        return {full_layer_name: model.get_parameter(full_layer_name)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes a quantized layer's tensors as its state dict names them."""
+        return KeepAsIs()
+
+
+class KeepAsIs(ConversionOps):  # type: ignore[misc]
+    """Passes a tensor through."""
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """The input itself."""
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Itself."""
+        return self
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def _install(model: nn.Module, name: str, layer: QuantLinear, config: FerroloraConfig) -> None:
+    if config.compute_dtype is not None:
+        layer.compute_dtype = FLOAT_TYPES[config.compute_dtype]
+    model.set_submodule(name, layer.train(model.training))

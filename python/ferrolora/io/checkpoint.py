@@ -1,0 +1,314 @@
+"""Safetensors files and model directories, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ferrolora.errors import FormatError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+# safetensors' names of the types, and the bytes of one element. Source: the safetensors format description.
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Type and shape of a stored tensor, known from a file's header without reading its data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """Writes one `.safetensors` file tensor by tensor: the memory it needs is the tensor being written.
+
+    Layout: `uint64 header length | JSON header, padded with spaces | data`. Room for the header is reserved up front
+    and the header is written last, so that tensors whose length is not known beforehand (the JSON text of a
+    quantization state) can stand at the end of the data. Tensors may come in any order; each has its place, widest
+    type first, so that every tensor is aligned to its own element size.
+
+    The file is written to a temporary sibling and renamed when it is complete: a crash leaves no half of a file.
+
+    Args:
+        path: the file to write.
+        layout: type and shape of every tensor but the open-ended ones.
+        open_ended: names of uint8 vectors whose length is not known yet.
+        metadata: text pairs for the header's `__metadata__`; default `{"format": "pt"}`.
+
+    Raises:
+        FormatError: a tensor that is unknown, comes twice, has another type or shape, or is missing at the end.
+
+    Source: the safetensors format description, https://github.com/huggingface/safetensors#format
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layout: Mapping[str, TensorInfo],
+        open_ended: Collection[str] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._metadata = dict(metadata) if metadata is not None else {"format": "pt"}
+        self._layout = dict(layout)
+        self._open_ended = set(open_ended)
+        self._place: dict[str, tuple[int, int]] = {}
+        self._written: set[str] = set()
+        self._end = 0
+        for name in sorted(layout, key=lambda n: (-layout[n].dtype.itemsize, n)):
+            self._place[name] = (self._end, self._end + layout[name].nbytes)
+            self._end += layout[name].nbytes
+        self._header_room = self._bound_of_header()
+        self._temporary = temporary_sibling(self.path)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file = self._temporary.open("wb")
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor to its place."""
+        if self._file is None:
+            raise FormatError(f"{self.path}: write({name!r}) outside of the writer's `with` block")
+        if name in self._written:
+            raise FormatError(f"{self.path}: tensor {name!r} was written already")
+        data = tensor.detach().cpu().contiguous()
+        if name in self._open_ended:
+            if data.dtype != torch.uint8 or data.dim() != 1:
+                raise FormatError(f"{self.path}: {name!r} must be a uint8 vector, got {data.dtype} {list(data.shape)}")
+            self._layout[name] = TensorInfo(torch.uint8, tuple(data.shape))
+            self._place[name] = (self._end, self._end + data.numel())
+            self._end += data.numel()
+        elif name not in self._layout:
+            raise FormatError(f"{self.path}: tensor {name!r} is not in the layout of this file")
+        expected = self._layout[name]
+        if (data.dtype, tuple(data.shape)) != (expected.dtype, expected.shape):
+            raise FormatError(
+                f"{self.path}: tensor {name!r} should be {expected.dtype} {list(expected.shape)}, "
+                f"got {data.dtype} {list(data.shape)}"
+            )
+        self._file.seek(8 + self._header_room + self._place[name][0])
+        if data.numel():
+            self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._written.add(name)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._file is not None
+        try:
+            if kind is None:
+                self._finish(self._file)
+        finally:
+            self._file.close()
+            self._file = None
+            if kind is not None or self._written != set(self._layout) | self._open_ended:
+                self._temporary.unlink()
+        if kind is None:
+            self._temporary.replace(self.path)
+
+    def _finish(self, file: IO[bytes]) -> None:
+        missing = sorted((set(self._layout) | self._open_ended) - self._written)
+        if missing:
+            raise FormatError(f"{self.path}: {len(missing)} tensors were never written, first {missing[0]!r}")
+        header = self._header(self._place)
+        file.seek(0)
+        file.write(struct.pack("<Q", self._header_room))
+        file.write(header.ljust(self._header_room, b" "))
+        file.truncate(8 + self._header_room + self._end)
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _header(self, place: Mapping[str, tuple[int, int]]) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": self._metadata}
+        # Readers check that offsets follow each other, so the header lists the tensors in the order of their data.
+        for name in sorted(place, key=lambda n: place[n]):
+            info = self._layout[name]
+            entries[name] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": list(place[name]),
+            }
+        return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def _bound_of_header(self) -> int:
+        room = len(self._header(self._place))
+        for name in self._open_ended:
+            # The entry of a uint8 vector, with a length and two offsets of at most 20 digits (64 bits) each.
+            entry = {"dtype": "U8", "shape": [10**19], "data_offsets": [10**19, 10**19]}
+            room += len(json.dumps({name: entry}, ensure_ascii=False).encode())
+        return (room + 7) // 8 * 8  # data starts on 8 bytes, so that every type is aligned
+
+
+class Checkpoint:
+    """The tensors of a model directory (or of one `.safetensors` file), read lazily.
+
+    Args:
+        path: a directory with `model.safetensors` or `model.safetensors.index.json`, or a `.safetensors` file.
+
+    Raises:
+        FormatError: nothing readable there, a shard that the index names is missing, or a damaged header.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.files: list[Path] = _weight_files(self.path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.file_of: dict[str, Path] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
+        for file in self.files:
+            with open_safetensors(file) as handle:
+                self.metadata[file] = handle.metadata() or {}
+                for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if name in self.file_of:
+                        raise FormatError(f"{file}: tensor {name!r} is also in {self.file_of[name].name}")
+                    view = handle.get_slice(name)
+                    self.tensors[name] = TensorInfo(_dtype_of(view.get_dtype(), name, file), tuple(view.get_shape()))
+                    self.file_of[name] = file
+
+    def names_in(self, file: Path) -> list[str]:
+        """The names of the tensors that `file` holds, in the order of its header."""
+        return [name for name, home in self.file_of.items() if home == file]
+
+    @contextmanager
+    def reading(self) -> Iterator[_Reader]:
+        """Open every file once; `reader[name]` then reads one tensor."""
+        with ExitStack() as stack:
+            handles = {file: stack.enter_context(open_safetensors(file)) for file in self.files}
+            yield _Reader(self, handles)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+class _Reader:
+    def __init__(self, checkpoint: Checkpoint, handles: Mapping[Path, Any]) -> None:
+        self._checkpoint, self._handles = checkpoint, handles
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handles[self._checkpoint.file_of[name]].get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` on the CPU whose errors name the file."""
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file}: not a readable safetensors file: {error}") from error
+    with handle as opened:
+        yield opened
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`; FormatError naming the file when there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write `content` as sorted, indented JSON through a temporary sibling."""
+    temporary = temporary_sibling(file)
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a sharded checkpoint: which shard holds which tensor, and the bytes of all."""
+    content = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
+    write_json(directory / INDEX_NAME, content)
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copy the files beside the weights (tokenizer, generation config, model card); not weights, not `config.json`."""
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+        if file.is_file() and not is_weights and file.name not in {CONFIG_NAME, INDEX_NAME}:
+            if file.name.endswith(".index.json") or file.name.startswith("."):
+                continue
+            shutil.copyfile(file, destination / file.name)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path` to write to before renaming; the process id keeps two writers apart."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FormatError(f"{path}: no such file or directory")
+    index = path / INDEX_NAME
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FormatError(f"{index}: has no 'weight_map'")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [path / WEIGHTS_NAME]
+    for file in files:
+        if file.parent != path:
+            raise FormatError(f"{index}: names {file.name!r} outside of its directory")
+        if not file.is_file():
+            hint = "; this is a PyTorch pickle, save the model with save_pretrained to get safetensors"
+            pickled = any(path.glob("pytorch_model*.bin"))
+            raise FormatError(f"{path}: {file.name} is missing{hint if pickled else ''}")
+    return files
+
+
+def _dtype_of(name: str, tensor: str, file: Path) -> torch.dtype:
+    if name not in DTYPES:
+        raise FormatError(f"{file}: tensor {tensor!r} has type {name}; known are {', '.join(sorted(DTYPES))}")
+    return DTYPES[name]
