@@ -19,7 +19,7 @@ class QuantTensor:
         codes: nf4, fp4: uint8 `[(numel + 1) // 2, 1]`, the high nibble first. int8: int8 `[rows, columns]`.
         absmax: one scale a block (4-bit) or a row (int8): float32 `[blocks]`, or uint8 with double quantization.
         nested_absmax: float32 `[ceil(blocks / 256)]`, the scales of the scales; None without double quantization.
-        offset: the mean that double quantization took off the scales; 0.0 without.
+        offset: the mean that double quantization took off the scales, float32 scalar; None without.
         spec: the codec.
         shape: the shape of the float tensor.
         dtype: the float type of the tensor before quantization, which `dequantize()` gives back by default.
@@ -31,16 +31,15 @@ class QuantTensor:
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor | None
-    offset: float
+    offset: Tensor | None
     spec: QuantSpec
     shape: torch.Size
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
         parts = expected_parts(self.spec, self.shape)
-        found = {"codes": self.codes, "absmax": self.absmax, "nested_absmax": self.nested_absmax}
-        for name, tensor in found.items():
-            expected = parts[name]
+        for name, expected in parts.items():
+            tensor: Tensor | None = getattr(self, name)
             seen = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
             if seen != expected:
                 raise ShapeError(
@@ -55,9 +54,9 @@ class QuantTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes and all scales."""
-        nested = 0 if self.nested_absmax is None else self.nested_absmax.nbytes
-        return self.codes.nbytes + self.absmax.nbytes + nested
+        """Bytes held: codes, scales and offset."""
+        parts = (self.codes, self.absmax, self.nested_absmax, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +66,9 @@ class QuantTensor:
     def to(self, device: torch.device | str) -> "QuantTensor":
         """The same tensor on another device; the scales keep their type."""
         nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
-        return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device), nested_absmax=nested)
+        offset = None if self.offset is None else self.offset.to(device)
+        absmax = self.absmax.to(device)
+        return replace(self, codes=self.codes.to(device), absmax=absmax, nested_absmax=nested, offset=offset)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float values, shape `self.shape`.
@@ -99,16 +100,24 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 
 def expected_parts(spec: QuantSpec, shape: tuple[int, ...] | torch.Size) -> dict[str, Part | None]:
-    """The (dtype, shape) of codes, absmax and nested_absmax for a float tensor of `shape` under `spec`."""
+    """The (dtype, shape) of codes, absmax, nested_absmax and offset for a float tensor of `shape` under `spec`.
+
+    None stands for a part that the codec does not have.
+    """
     numel = math.prod(shape)
     if not spec.is_4bit:
         columns = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
-        return {"codes": (torch.int8, (rows, columns)), "absmax": (torch.float32, (rows,)), "nested_absmax": None}
+        codes = (torch.int8, (rows, columns))
+        return {"codes": codes, "absmax": (torch.float32, (rows,)), "nested_absmax": None, "offset": None}
     blocks = spec.block_count(numel)
-    nested = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)) if spec.double_quant else None
-    absmax = torch.uint8 if spec.double_quant else torch.float32
-    return {"codes": (torch.uint8, ((numel + 1) // 2, 1)), "absmax": (absmax, (blocks,)), "nested_absmax": nested}
+    double = spec.double_quant
+    return {
+        "codes": (torch.uint8, ((numel + 1) // 2, 1)),
+        "absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+        "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)) if double else None,
+        "offset": (torch.float32, ()) if double else None,
+    }
 
 
 def _describe(part: Part | None) -> str:

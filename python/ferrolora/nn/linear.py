@@ -14,7 +14,7 @@ from ferrolora.spec import QuantSpec
 from ferrolora.tensor import QuantTensor, expected_parts
 
 _DEFAULT = QuantSpec()
-_BUFFERS = {"weight.absmax": "weight_absmax", "weight.nested_absmax": "weight_nested_absmax", "SCB": "weight_absmax"}
+_SCALES = ("weight_absmax", "weight_nested_absmax", "weight_offset")
 
 
 class QuantLinear(nn.Linear):
@@ -34,6 +34,7 @@ class QuantLinear(nn.Linear):
 
     weight_absmax: Tensor
     weight_nested_absmax: Tensor | None
+    weight_offset: Tensor | None
 
     def __init__(
         self,
@@ -49,7 +50,6 @@ class QuantLinear(nn.Linear):
         self.out_features = out_features
         self.spec = spec
         self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.weight_offset = 0.0
         made = {
             name: None if part is None else torch.empty(part[1], dtype=part[0], device=device)
             for name, part in expected_parts(spec, (out_features, in_features)).items()
@@ -57,6 +57,7 @@ class QuantLinear(nn.Linear):
         self.weight = nn.Parameter(made["codes"], requires_grad=False)
         self.register_buffer("weight_absmax", made["absmax"])
         self.register_buffer("weight_nested_absmax", made["nested_absmax"])
+        self.register_buffer("weight_offset", made["offset"])
         empty_bias = torch.empty(out_features, device=device, dtype=self.compute_dtype) if bias else None
         self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
 
@@ -142,7 +143,7 @@ class QuantLinear(nn.Linear):
         """Do nothing: a packed weight is loaded or quantized, never drawn at random."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        scales = {name: self._buffers[name] for name in ("weight_absmax", "weight_nested_absmax")}
+        scales = {name: self._buffers[name] for name in _SCALES}
         self._buffers.update(dict.fromkeys(scales))  # out of the way of nn.Module, which would cast them
         try:
             super()._apply(fn, recurse)
@@ -183,7 +184,7 @@ class QuantLinear(nn.Linear):
             self._refuse_other_codec(state_dict, prefix)
         nn_missing: list[str] = []
         super()._load_from_state_dict(local, prefix, local_metadata, strict, nn_missing, unexpected_keys, error_msgs)
-        quantized = {f"{prefix}{name}" for name in ("weight", *_BUFFERS.values())}
+        quantized = {f"{prefix}{name}" for name in ("weight", *_SCALES)}
         missing_keys += absent + [key for key in nn_missing if key not in quantized]
         if strict:
             unexpected_keys += sorted(found - wanted - set(local))
@@ -195,11 +196,10 @@ class QuantLinear(nn.Linear):
         qt = from_state(state_dict, prefix, shape, self.compute_dtype)
         if qt.spec != self.spec:
             raise FormatError(f"{prefix}weight was saved with {qt.spec}, but the layer was built with {self.spec}")
-        self.weight_offset = qt.offset
         if local_metadata.get("assign_to_params_buffers", False):
             self.compute_dtype = qt.dtype
-        parts = {"weight": qt.codes, "weight_absmax": qt.absmax, "weight_nested_absmax": qt.nested_absmax}
-        return {prefix + name: tensor for name, tensor in parts.items() if tensor is not None}
+        parts = zip(("weight", *_SCALES), (qt.codes, qt.absmax, qt.nested_absmax, qt.offset), strict=True)
+        return {prefix + name: tensor for name, tensor in parts if tensor is not None}
 
     def _refuse_other_codec(self, state_dict: dict[str, Any], prefix: str) -> None:
         try:

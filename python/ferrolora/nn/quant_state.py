@@ -51,10 +51,10 @@ def to_state(qt: QuantTensor) -> dict[str, Tensor]:
         "dtype": str(qt.dtype).removeprefix("torch."),
         "shape": list(qt.shape),
     }
-    if qt.nested_absmax is not None:
+    if qt.nested_absmax is not None and qt.offset is not None:
         state["weight.nested_absmax"] = qt.nested_absmax
         state["weight.nested_quant_map"] = _table("dynamic8").to(device)
-        header |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": qt.offset}
+        header |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": _number(qt.offset)}
     text = bytearray(json.dumps(header).encode())
     state[STATE_KEY + qt.spec.quant_type] = torch.frombuffer(text, dtype=torch.uint8).to(device)
     return state
@@ -100,10 +100,12 @@ def from_state(
     if shape is not None and stated != tuple(shape):
         raise FormatError(f"{prefix}weight is {list(stated)} in the state dict; the layer is {list(shape)}")
     _check_table(state, f"{prefix}weight.quant_map", spec.quant_type)
-    nested, offset = None, 0.0
+    nested: Tensor | None = None
+    offset: Tensor | None = None
     if spec.double_quant:
         _check_table(state, f"{prefix}weight.nested_quant_map", "dynamic8")
-        nested, offset = state[f"{prefix}weight.nested_absmax"], _offset_of(header, prefix)
+        nested = state[f"{prefix}weight.nested_absmax"]
+        offset = torch.tensor(_offset_of(header, prefix), dtype=torch.float32, device=nested.device)
     codes = _packed_bytes(state[f"{prefix}weight"], math.prod(stated), prefix)
     absmax = state[f"{prefix}weight.absmax"]
     return _checked(prefix, codes, absmax, nested, offset, spec, stated, _dtype_of(header, prefix))
@@ -121,7 +123,7 @@ def _from_int8(
     if layout is not None and layout.device.type != "meta" and (layout.numel() != 1 or int(layout) != 0):
         raise FormatError(f"{prefix}weight_format must be the scalar 0 (row-major), not {layout.tolist()}")
     scb = state[f"{prefix}SCB"]
-    return _checked(prefix, codes, scb, None, 0.0, QuantSpec("int8"), tuple(codes.shape), dtype or torch.float32)
+    return _checked(prefix, codes, scb, None, None, QuantSpec("int8"), tuple(codes.shape), dtype or torch.float32)
 
 
 def _checked(prefix: str, *fields: Any) -> QuantTensor:
@@ -130,6 +132,11 @@ def _checked(prefix: str, *fields: Any) -> QuantTensor:
         return QuantTensor(*parts, torch.Size(shape), dtype)
     except FerroloraError as error:
         raise FormatError(f"{prefix}weight: {error}") from error
+
+
+def _number(offset: Tensor) -> float:
+    """The offset for the header; a layer on the meta device has none yet and writes 0."""
+    return 0.0 if offset.device.type == "meta" else float(offset)
 
 
 def _table(name: str) -> Tensor:

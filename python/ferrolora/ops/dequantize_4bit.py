@@ -8,15 +8,13 @@ from torch import Tensor
 from ferrolora import _native
 from ferrolora.ops.checks import require_float
 from ferrolora.ops.library import define
-
-_WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float offset, str quant_type, int block_size"
-
+from ferrolora.ops.weight import SCHEMA, native_weight
 
 def _fake(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     shape: Sequence[int],
@@ -30,7 +28,7 @@ def _cpu(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     shape: Sequence[int],
@@ -45,7 +43,7 @@ def _fake_out(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     out: Tensor,
@@ -57,19 +55,15 @@ def _cpu_out(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     out: Tensor,
 ) -> None:
     _fake_out(codes, absmax, nested_absmax, offset, quant_type, block_size, out)
-    nested = None if nested_absmax is None else nested_absmax.contiguous()
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     _native.dequantize_4bit(
-        codes.contiguous(),
-        absmax.contiguous(),
-        nested,
-        offset,
+        *native_weight(codes, absmax, nested_absmax, offset),
         quant_type,
         block_size,
         target,
@@ -80,12 +74,12 @@ def _cpu_out(
 
 
 define(
-    f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    f"dequantize_4bit({SCHEMA}, SymInt[] shape, ScalarType dtype) -> Tensor",
     cpu=_cpu,
     fake=_fake,
 )
 define(
-    f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()",
+    f"dequantize_4bit_out({SCHEMA}, Tensor(a!) out) -> ()",
     cpu=_cpu_out,
     fake=_fake_out,
 )

@@ -61,7 +61,7 @@ def linear_packed(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,

@@ -9,8 +9,7 @@ from ferrolora import _native
 from ferrolora.errors import ShapeError, UnsupportedError
 from ferrolora.ops.checks import require_float, require_linear
 from ferrolora.ops.library import define, differentiate
-
-WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float offset, str quant_type, int block_size, int n, int k"
+from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
 
 
 def _fake(
@@ -18,7 +17,7 @@ def _fake(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -34,7 +33,7 @@ def _cpu(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -44,8 +43,7 @@ def _cpu(
     y = _fake(x, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k, bias)
     _native.linear(
         x.contiguous().view(-1, k),
-        *contiguous_weight(codes, absmax, nested_absmax),
-        offset,
+        *native_weight(codes, absmax, nested_absmax, offset),
         quant_type,
         block_size,
         n,
@@ -62,7 +60,7 @@ def _fake_backward(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -79,7 +77,7 @@ def _cpu_backward(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -88,8 +86,7 @@ def _cpu_backward(
     dx = _fake_backward(dy, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
     _native.linear_backward(
         dy.contiguous().view(-1, n),
-        *contiguous_weight(codes, absmax, nested_absmax),
-        offset,
+        *native_weight(codes, absmax, nested_absmax, offset),
         quant_type,
         block_size,
         n,
@@ -98,11 +95,6 @@ def _cpu_backward(
         torch.get_num_threads(),
     )
     return dx
-
-
-def contiguous_weight(codes: Tensor, absmax: Tensor, nested: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The packed weight as the kernels read it; no copy when it is contiguous already, as it nearly always is."""
-    return codes.contiguous(), absmax.contiguous(), None if nested is None else nested.contiguous()
 
 
 def bias_gradient(dy: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -116,8 +108,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         _, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k, bias = args
-        ctx.save_for_backward(codes, absmax, nested_absmax)
-        ctx.problem = (offset, quant_type, block_size, n, k)
+        ctx.save_for_backward(codes, absmax, nested_absmax, offset)
+        ctx.problem = (quant_type, block_size, n, k)
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = torch.ops.ferrolora.linear(*args)
@@ -130,7 +122,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.ops.ferrolora.linear_backward(dy, *ctx.saved_tensors, *ctx.problem)
         if ctx.needs_input_grad[9]:
-            db = bias_gradient(dy, ctx.problem[3], ctx.bias_dtype)
+            db = bias_gradient(dy, ctx.problem[2], ctx.bias_dtype)
         return dx, *[None] * 8, db
 
 
@@ -175,7 +167,7 @@ def _autograd_backward(*args: Any) -> Any:
     return once_differentiable(torch.ops.ferrolora.linear_backward.default, *args)
 
 
-define(f"linear(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor", cpu=_cpu, fake=_fake)
-define(f"linear_backward(Tensor dy, {WEIGHT}) -> Tensor", cpu=_cpu_backward, fake=_fake_backward)
+define(f"linear(Tensor x, {MATRIX_SCHEMA}, Tensor? bias) -> Tensor", cpu=_cpu, fake=_fake)
+define(f"linear_backward(Tensor dy, {MATRIX_SCHEMA}) -> Tensor", cpu=_cpu_backward, fake=_fake_backward)
 differentiate("linear", _autograd)
 differentiate("linear_backward", _autograd_backward)

@@ -16,7 +16,8 @@ from ferrolora import _native
 from ferrolora.errors import UnsupportedError
 from ferrolora.ops.checks import require_linear, require_low_rank
 from ferrolora.ops.library import define, differentiate
-from ferrolora.ops.linear_base import WEIGHT, bias_gradient, contiguous_weight, needs_grad, once_differentiable
+from ferrolora.ops.linear_base import bias_gradient, needs_grad, once_differentiable
+from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
 
 _LORA = "Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed"
 
@@ -26,7 +27,7 @@ def _fake(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -53,7 +54,7 @@ def _cpu(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -65,12 +66,12 @@ def _cpu(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    weight = (codes, absmax, nested_absmax)
-    problem = (offset, quant_type, block_size, n, k)
+    weight = (codes, absmax, nested_absmax, offset)
+    problem = (quant_type, block_size, n, k)
     y, s = _fake(x, *weight, *problem, bias, lora_a, lora_b, scaling, dropout_p, seed)
     _native.linear_lora(
         x.contiguous().view(-1, k),
-        *contiguous_weight(*weight),
+        *native_weight(*weight),
         *problem,
         None if bias is None else bias.contiguous(),
         lora_a.contiguous(),
@@ -92,7 +93,7 @@ def _fake_backward(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -117,7 +118,7 @@ def _cpu_backward(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
-    offset: float,
+    offset: Tensor | None,
     quant_type: str,
     block_size: int,
     n: int,
@@ -129,14 +130,14 @@ def _cpu_backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = (codes, absmax, nested_absmax)
-    problem = (offset, quant_type, block_size, n, k)
+    weight = (codes, absmax, nested_absmax, offset)
+    problem = (quant_type, block_size, n, k)
     dx, da, db = _fake_backward(dy, x, s, *weight, *problem, lora_a, lora_b, scaling, dropout_p, seed, needs)
     _native.linear_lora_backward(
         dy.contiguous().view(-1, n),
         None if x is None else x.contiguous().view(-1, k),
         None if s is None else s.contiguous().view(-1, lora_a.shape[0]),
-        *contiguous_weight(*weight),
+        *native_weight(*weight),
         *problem,
         lora_a.contiguous(),
         lora_b.contiguous(),
@@ -156,14 +157,14 @@ class _LinearLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, *weight, offset, quant_type, block_size, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed = args
+        x, *weight, quant_type, block_size, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed = args
         with torch._C._AutoDispatchBelowAutograd():
             y, s = torch.ops.ferrolora.linear_lora(*args)
         ctx.mark_non_differentiable(s)
         saved_x = x if ctx.needs_input_grad[10] else None
         saved_s = s if ctx.needs_input_grad[11] else None
         ctx.save_for_backward(saved_x, saved_s, *weight, lora_a, lora_b, seed)
-        ctx.problem = (offset, quant_type, block_size, n, k)
+        ctx.problem = (quant_type, block_size, n, k)
         ctx.scalars = (scaling, dropout_p)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y, s
@@ -178,7 +179,7 @@ class _LinearLora(torch.autograd.Function):
             lora = (lora_a, lora_b, *ctx.scalars, seed)
             results = torch.ops.ferrolora.linear_lora_backward(dy, x, s, *weight, *ctx.problem, *lora, needs)
             out = [grad if need else None for grad, need in zip(results, needs, strict=True)]
-        d_bias = bias_gradient(dy, ctx.problem[3], ctx.bias_dtype) if ctx.needs_input_grad[9] else None
+        d_bias = bias_gradient(dy, ctx.problem[2], ctx.bias_dtype) if ctx.needs_input_grad[9] else None
         return out[0], *[None] * 8, d_bias, out[1], out[2], None, None, None
 
 
@@ -193,9 +194,9 @@ def _autograd_backward(*args: Any) -> Any:
     return once_differentiable(torch.ops.ferrolora.linear_lora_backward.default, *args)
 
 
-define(f"linear_lora(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}) -> (Tensor y, Tensor s)", cpu=_cpu, fake=_fake)
+define(f"linear_lora(Tensor x, {MATRIX_SCHEMA}, Tensor? bias, {_LORA}) -> (Tensor y, Tensor s)", cpu=_cpu, fake=_fake)
 define(
-    f"linear_lora_backward(Tensor dy, Tensor? x, Tensor? s, {WEIGHT}, {_LORA}, bool[] needs)"
+    f"linear_lora_backward(Tensor dy, Tensor? x, Tensor? s, {MATRIX_SCHEMA}, {_LORA}, bool[] needs)"
     " -> (Tensor dx, Tensor da, Tensor db)",
     cpu=_cpu_backward,
     fake=_fake_backward,

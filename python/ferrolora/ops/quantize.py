@@ -35,13 +35,12 @@ def quantize(w: Tensor, spec: QuantSpec = _DEFAULT, name: str | None = None) -> 
     if w.numel() == 0:
         raise ShapeError(f"quantize: {name or 'w'} of shape {list(w.shape)} holds no values")
     nested: Tensor | None = None
-    offset = 0.0
+    offset: Tensor | None = None
     if spec.is_4bit:
         codes, absmax = torch.ops.ferrolora.quantize_4bit(w.detach(), spec.quant_type, spec.block_size, name)
     else:
         rows = w.detach().reshape(-1, w.shape[-1] if w.dim() else 1)
         codes, absmax = torch.ops.ferrolora.quantize_int8(rows, name)
     if spec.double_quant:
-        absmax, nested, mean = torch.ops.ferrolora.double_quantize(absmax)
-        offset = float(mean)
+        absmax, nested, offset = torch.ops.ferrolora.double_quantize(absmax)
     return QuantTensor(codes, absmax, nested, offset, spec, w.shape, w.dtype)

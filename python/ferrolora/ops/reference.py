@@ -130,16 +130,19 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, block_size: int, dtype: 
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`round_half_even(x * (127 / absmax(row)))` int8 `[N, K]` and absmax float32 `[N]`; a zero row gives zeros."""
+    """`round_half_even(x * (127 / absmax(row)))` int8 `[N, K]` and absmax float32 `[N]`; a zero row gives zeros.
+
+    In a row so small that 127 / absmax overflows, 0 gives 0 and everything else the largest code of its sign.
+    """
     rows = x.detach().float()
     scb = rows.abs().amax(dim=1)
-    codes = torch.round(rows * (127.0 / scb.clamp_min(SMALLEST_SCALE)).unsqueeze(1))
-    return codes.to(torch.int8), scb
+    codes = torch.round(rows * (127.0 / scb).unsqueeze(1))
+    return codes.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8), scb
 
 
 def dequantize_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`code * (absmax(row) / 127)` in float32, rounded once to dtype."""
-    return (codes.float() * (scb / 127.0).unsqueeze(1)).to(dtype)
+    """`(code * absmax(row)) * (1 / 127)` in float32 in this order, rounded once to dtype."""
+    return (codes.float() * scb.unsqueeze(1) * (1.0 / 127.0)).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
