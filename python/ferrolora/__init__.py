@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ferrolora import _register
-from ferrolora import ops as _ops  # registers torch.ops.ferrolora.*, which compiled graphs refer to by name
+from ferrolora import ops as ops  # registers torch.ops.ferrolora.*, which compiled graphs refer to by name
 
 if TYPE_CHECKING:
     from ferrolora import nn as nn

@@ -50,16 +50,16 @@ class QuantLinear(nn.Linear):
         self.out_features = out_features
         self.spec = spec
         self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype
-        made = {
-            name: None if part is None else torch.empty(part[1], dtype=part[0], device=device)
-            for name, part in expected_parts(spec, (out_features, in_features)).items()
-        }
-        self.weight = nn.Parameter(made["codes"], requires_grad=False)
-        self.register_buffer("weight_absmax", made["absmax"])
-        self.register_buffer("weight_nested_absmax", made["nested_absmax"])
-        self.register_buffer("weight_offset", made["offset"])
-        empty_bias = torch.empty(out_features, device=device, dtype=self.compute_dtype) if bias else None
-        self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
+        codes, *scales = (
+            None if part is None else torch.empty(part[1], dtype=part[0], device=device)
+            for part in expected_parts(spec, (out_features, in_features)).values()
+        )
+        assert codes is not None  # every codec has codes
+        self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
+        for name, scale in zip(_SCALES, scales, strict=True):
+            self.register_buffer(name, scale)
+        empty = torch.empty(out_features, device=device, dtype=self.compute_dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: QuantSpec = _DEFAULT, name: str | None = None) -> "QuantLinear":
@@ -87,11 +87,11 @@ class QuantLinear(nn.Linear):
         layer.weight_absmax = qt.absmax
         layer.weight_nested_absmax = qt.nested_absmax
         layer.weight_offset = qt.offset
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
         return layer
 
     @property
-    def W_q(self) -> nn.Parameter:
+    def W_q(self) -> Tensor:
         """The packed weight, under the name by which PEFT finds layers that offer `dequantize()`."""
         return self.weight
 
@@ -136,8 +136,8 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        codec = f"{spec.quant_type}, block_size={spec.block_size}, double_quant={spec.double_quant}"
-        return f"{super().extra_repr()}, {codec if spec.is_4bit else spec.quant_type}, compute_dtype={self.compute_dtype}"
+        blocks = f", block_size={spec.block_size}, double_quant={spec.double_quant}" if spec.is_4bit else ""
+        return f"{super().extra_repr()}, {spec.quant_type}{blocks}, compute_dtype={self.compute_dtype}"
 
     def reset_parameters(self) -> None:
         """Do nothing: a packed weight is loaded or quantized, never drawn at random."""
@@ -146,7 +146,7 @@ class QuantLinear(nn.Linear):
         scales = {name: self._buffers[name] for name in _SCALES}
         self._buffers.update(dict.fromkeys(scales))  # out of the way of nn.Module, which would cast them
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         finally:
             self._buffers.update(scales)
         for name, scale in scales.items():
@@ -174,7 +174,7 @@ class QuantLinear(nn.Linear):
     ) -> None:
         """Check the entries against this layer, then let nn.Module copy or assign them under the buffers' names."""
         keys = state_keys(self.spec)
-        wanted = {prefix + key for key in (*keys, *(["bias"] if self.bias is not None else []))}
+        wanted = {prefix + key for key in (*keys, "bias")}
         found = {key for key in state_dict if key.startswith(prefix)}
         local = {key: state_dict[key] for key in found if key == f"{prefix}bias"}
         absent = [prefix + key for key in keys if prefix + key not in found]

@@ -6,14 +6,15 @@ with double quantization, `weight.nested_absmax` and `weight.nested_quant_map`. 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ferrolora import _native
-from ferrolora.errors import FormatError, FerroloraError
+from ferrolora.errors import FerroloraError, FormatError
 from ferrolora.spec import NESTED_BLOCK_SIZE, QuantSpec
 from ferrolora.tensor import QuantTensor
 
@@ -54,7 +55,11 @@ def to_state(qt: QuantTensor) -> dict[str, Tensor]:
     if qt.nested_absmax is not None and qt.offset is not None:
         state["weight.nested_absmax"] = qt.nested_absmax
         state["weight.nested_quant_map"] = _table("dynamic8").to(device)
-        header |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": _number(qt.offset)}
+        header |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": _number(qt.offset),
+        }
     text = bytearray(json.dumps(header).encode())
     state[STATE_KEY + qt.spec.quant_type] = torch.frombuffer(text, dtype=torch.uint8).to(device)
     return state
@@ -72,7 +77,10 @@ def read_spec(state: Mapping[str, Tensor], prefix: str = "") -> QuantSpec:
 
 
 def from_state(
-    state: Mapping[str, Tensor], prefix: str = "", shape: tuple[int, int] | None = None, dtype: torch.dtype | None = None
+    state: Mapping[str, Tensor],
+    prefix: str = "",
+    shape: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> QuantTensor:
     """Rebuild a quantized weight from a state dict, checking every length and both tables.
 
@@ -108,7 +116,8 @@ def from_state(
         offset = torch.tensor(_offset_of(header, prefix), dtype=torch.float32, device=nested.device)
     codes = _packed_bytes(state[f"{prefix}weight"], math.prod(stated), prefix)
     absmax = state[f"{prefix}weight.absmax"]
-    return _checked(prefix, codes, absmax, nested, offset, spec, stated, _dtype_of(header, prefix))
+    with _named(prefix):
+        return QuantTensor(codes, absmax, nested, offset, spec, torch.Size(stated), _dtype_of(header, prefix))
 
 
 def _from_int8(
@@ -122,14 +131,16 @@ def _from_int8(
     layout = state.get(f"{prefix}weight_format")
     if layout is not None and layout.device.type != "meta" and (layout.numel() != 1 or int(layout) != 0):
         raise FormatError(f"{prefix}weight_format must be the scalar 0 (row-major), not {layout.tolist()}")
-    scb = state[f"{prefix}SCB"]
-    return _checked(prefix, codes, scb, None, None, QuantSpec("int8"), tuple(codes.shape), dtype or torch.float32)
+    with _named(prefix):
+        spec, dtype = QuantSpec("int8"), dtype or torch.float32
+        return QuantTensor(codes, state[f"{prefix}SCB"], None, None, spec, codes.shape, dtype)
 
 
-def _checked(prefix: str, *fields: Any) -> QuantTensor:
-    *parts, shape, dtype = fields
+@contextmanager
+def _named(prefix: str) -> Iterator[None]:
+    """What a constructor refuses is, here, a fault of the state dict at `prefix`."""
     try:
-        return QuantTensor(*parts, torch.Size(shape), dtype)
+        yield
     except FerroloraError as error:
         raise FormatError(f"{prefix}weight: {error}") from error
 
@@ -196,10 +207,8 @@ def _spec_of(header: Mapping[str, Any], prefix: str) -> QuantSpec:
         )
     if double and header.get("nested_dtype") != "float32":
         raise FormatError(f"{prefix}weight: nested_dtype must be 'float32', not {header.get('nested_dtype')!r}")
-    try:
+    with _named(prefix):
         return QuantSpec(header["quant_type"], header.get("blocksize", "missing"), double)
-    except FerroloraError as error:
-        raise FormatError(f"{prefix}weight: {error}") from error
 
 
 def _shape_of(header: Mapping[str, Any], prefix: str) -> tuple[int, ...]:

@@ -28,9 +28,7 @@ def dequantize(qt: QuantTensor, dtype: torch.dtype | None = None, out: Tensor | 
         return qt.dequantize(dtype)
     if out.shape != qt.shape or (dtype is not None and dtype != out.dtype):
         wanted = "any float type" if dtype is None else dtype
-        raise ShapeError(
-            f"dequantize: out must be {list(qt.shape)} {wanted}, not {list(out.shape)} {out.dtype}"
-        )
+        raise ShapeError(f"dequantize: out must be {list(qt.shape)} {wanted}, not {list(out.shape)} {out.dtype}")
     if qt.spec.is_4bit:
         torch.ops.ferrolora.dequantize_4bit_out(qt.codes, qt.absmax, qt.nested_absmax, qt.offset, *qt.codec, out)
     else:

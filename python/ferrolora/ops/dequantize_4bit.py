@@ -10,6 +10,7 @@ from ferrolora.ops.checks import require_float
 from ferrolora.ops.library import define
 from ferrolora.ops.weight import SCHEMA, native_weight
 
+
 def _fake(
     codes: Tensor,
     absmax: Tensor,
