@@ -23,45 +23,10 @@ sys.path.insert(0, str(HERE.parent))
 
 from golden import bitsandbytes_rule as rule  # noqa: E402  the path above makes it importable as a script
 from golden.records import Record, bits, render  # noqa: E402
+from golden.weights import KINDS, SEED, weight, with_neighbours  # noqa: E402
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SEED = 20240521
 EVERY_KIND = [(64, 257), (64, 200), (32, 131)]  # an odd count and a short last block; an even one; the smallest block
-
-
-def inputs(numel: int) -> Iterator[tuple[str, Tensor]]:
-    """The kinds of weight a codec meets, as float32 [numel]."""
-    generator = torch.Generator().manual_seed(SEED + numel)
-    normal = torch.randn(numel, generator=generator)
-    yield "random", normal
-    yield "constant", torch.full((numel,), -0.75)
-    yield "zeros", torch.zeros(numel)
-    yield "half-zero", normal * (torch.arange(numel) >= numel // 2)
-    yield "subnormal", normal * 1e-39
-    yield "tiny", normal * 1e-30
-    yield "huge", normal.clamp(-3, 3) * 1e38
-    yield "wide", normal * torch.exp2(torch.randint(-20, 20, (numel,), generator=generator).float())
-    yield "minus-zero", torch.where(normal < 0, -torch.zeros(numel), normal)
-    yield "thresholds", threshold_neighbours(numel)
-
-
-def threshold_neighbours(numel: int) -> Tensor:
-    """Every threshold of both types and its float32 neighbours, behind a 1.0 that makes the block's scale 1."""
-    nf4 = rule.table("nf4")
-    fp4 = torch.tensor([value for value, _ in rule.FP4_STEPS])
-    centres = torch.cat([(nf4[:-1] + nf4[1:]) / 2, fp4, -fp4])
-    near = torch.cat(
-        [torch.nextafter(centres, torch.tensor(-2.0)), centres, torch.nextafter(centres, torch.tensor(2.0))]
-    )
-    blocks = [torch.cat([torch.ones(1), part]) for part in near.split(31)]
-    line = torch.cat(blocks)
-    return line.repeat(-(-numel // line.numel()))[:numel]
-
-
-def with_neighbours(centres: Tensor) -> Tensor:
-    """The float32 values just below, at and just above each centre."""
-    below, above = (torch.nextafter(centres, torch.tensor(end)) for end in (-2.0, 2.0))
-    return torch.cat([below, centres, above])
 
 
 def shapes() -> Iterator[tuple[int, int]]:
@@ -74,7 +39,8 @@ def shapes() -> Iterator[tuple[int, int]]:
 def four_bit(quant_type: str) -> Iterator[Record]:
     """Quantize, double-quantize and decode records of one 4-bit type."""
     for block_size, numel in shapes():
-        for kind, values in inputs(numel):
+        for kind in KINDS:
+            values = weight(kind, (numel,))
             if (block_size, numel) not in EVERY_KIND and kind not in ("random", "thresholds"):
                 continue  # the other shapes differ in length only
             if numel > 600 and kind != "random":
@@ -144,9 +110,8 @@ def double_quant() -> Iterator[Record]:
 def blockwise() -> Iterator[Record]:
     """8-bit dynamic map."""
     for block_size, numel in ((64, 300), (256, 512), (256, 700), (4096, 100)):
-        for kind, values in inputs(numel):
-            if kind == "thresholds":
-                values = dynamic_neighbours(numel, block_size)
+        for kind in KINDS:
+            values = dynamic_neighbours(numel, block_size) if kind == "thresholds" else weight(kind, (numel,))
             codes, absmax = rule.quantize_blockwise(values, block_size)
             decoded = rule.dequantize_blockwise(codes, absmax, block_size)
             yield {
