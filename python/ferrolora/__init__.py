@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ferrolora.errors import TargetError as TargetError
     from ferrolora.errors import UnsupportedError as UnsupportedError
     from ferrolora.integrations.transformers import FerroloraConfig as FerroloraConfig
-    from ferrolora.io.adapter import get_peft_model_state_dict as get_peft_model_state_dict
-    from ferrolora.io.adapter import set_peft_model_state_dict as set_peft_model_state_dict
+    from ferrolora.model.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+    from ferrolora.model.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
     from ferrolora.model.auto import AutoPeftModel as AutoPeftModel
     from ferrolora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from ferrolora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from ferrolora.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
     from ferrolora.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from ferrolora.model.peft_model import PeftModel as PeftModel
+    from ferrolora.model.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+    from ferrolora.model.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from ferrolora.model.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from ferrolora.model.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from ferrolora.model.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from ferrolora.model.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
     from ferrolora.model.peft_model import get_peft_model as get_peft_model
     from ferrolora.model.quantize import quantize_model as quantize_model
     from ferrolora.ops.dequantize import dequantize as dequantize
@@ -63,6 +69,12 @@ _HOME = {  # public name -> the module that defines it
     "PeftConfig": "ferrolora.adapters.config",
     "get_peft_model": "ferrolora.model.peft_model",
     "PeftModel": "ferrolora.model.peft_model",
+    "PeftModelForCausalLM": "ferrolora.model.peft_model",
+    "PeftModelForFeatureExtraction": "ferrolora.model.peft_model",
+    "PeftModelForQuestionAnswering": "ferrolora.model.peft_model",
+    "PeftModelForSeq2SeqLM": "ferrolora.model.peft_model",
+    "PeftModelForSequenceClassification": "ferrolora.model.peft_model",
+    "PeftModelForTokenClassification": "ferrolora.model.peft_model",
     "AutoPeftModel": "ferrolora.model.auto",
     "AutoPeftModelForCausalLM": "ferrolora.model.auto",
     "AutoPeftModelForFeatureExtraction": "ferrolora.model.auto",
@@ -72,8 +84,8 @@ _HOME = {  # public name -> the module that defines it
     "AutoPeftModelForTokenClassification": "ferrolora.model.auto",
     "prepare_model_for_kbit_training": "ferrolora.model.kbit",
     "quantize_model": "ferrolora.model.quantize",
-    "get_peft_model_state_dict": "ferrolora.io.adapter",
-    "set_peft_model_state_dict": "ferrolora.io.adapter",
+    "get_peft_model_state_dict": "ferrolora.model.state_dict",
+    "set_peft_model_state_dict": "ferrolora.model.state_dict",
     "FerroloraConfig": "ferrolora.integrations.transformers",
 }
 _SUBMODULES = ("nn",)

@@ -1,0 +1,86 @@
+"""A module that is trained and saved in full, one copy an adapter, instead of getting a low-rank matrix."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ferrolora.adapters.base import check_adapter_name
+from ferrolora.errors import TargetError, UnsupportedError
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """y = copy_a(x) for the active adapter a, else original(x).
+
+    In memory the copies are `modules_to_save.<adapter>`; in files they carry the module's own names.
+    """
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        packed = [name for name, p in module.named_parameters() if not p.is_floating_point()]
+        if packed:
+            raise UnsupportedError(
+                f"{path} is in modules_to_save, but {packed[0]!r} in it is quantized and cannot be trained; "
+                "load the model with this module in skip_modules"
+            )
+        self.original_module = module.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapters: list[str] = []
+        self.adapters_enabled = True
+
+    def adapter_names(self) -> list[str]:
+        """The adapters that have a copy here."""
+        return list(self.modules_to_save)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter's copy; none if it has none."""
+        if name in self.modules_to_save:
+            yield from self.modules_to_save[name].parameters()
+
+    def add_adapter(self, name: str) -> None:
+        """Gives adapter `name` its own copy of the original module."""
+        check_adapter_name(name)
+        if name in self.modules_to_save:
+            raise TargetError(f"adapter {name!r} has its copy of this module already")
+        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+
+    def activate(self, names: Sequence[str], trainable: bool) -> None:
+        """Makes the one of `names` that has a copy here the active one.
+
+        Raises:
+            UnsupportedError: several of them have one; nothing says which should count.
+        """
+        present = [name for name in names if name in self.modules_to_save]
+        if len(present) > 1:
+            raise UnsupportedError(f"adapters {present} each bring a full copy of one module; only one can be active")
+        self.active_adapters = present
+        for name in self.modules_to_save:
+            self.modules_to_save[name].requires_grad_(trainable and name in present)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes the copy of adapter `name`, if there is one."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    @property
+    def active_module(self) -> nn.Module:
+        """The copy in use, or the original."""
+        if self.adapters_enabled and self.active_adapters:
+            return self.modules_to_save[self.active_adapters[0]]
+        return self.original_module
+
+    @property
+    def weight(self) -> Any:
+        """The weight of the module in use."""
+        return self.active_module.weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the module in use."""
+        return self.active_module.bias
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the module in use returns."""
+        return self.active_module(*args, **kwargs)

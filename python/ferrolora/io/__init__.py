@@ -1,0 +1,1 @@
+"""Files: adapters, checkpoints, and the formats that other libraries read."""

@@ -1,0 +1,35 @@
+"""An adapter configuration made concrete for one model."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ferrolora.adapters.config import TaskType
+from ferrolora.adapters.lora import LoraConfig
+from ferrolora.model.targets import TASK_HEADS
+
+
+def config_for(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A copy of `config` with what the model settles: where the base came from, and the heads its task trains.
+
+    Args:
+        model: the base model; `config.name_or_path` of a transformers model is recorded.
+        config: the caller's configuration, left as it is.
+    """
+    concrete = copy.deepcopy(config)
+    if concrete.base_model_name_or_path is None:
+        concrete.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    heads = TASK_HEADS.get(TaskType(concrete.task_type), ()) if concrete.task_type is not None else ()
+    if heads:
+        concrete.modules_to_save = list(dict.fromkeys([*(concrete.modules_to_save or ()), *heads]))
+    return concrete
+
+
+def file_fields(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """The configuration as it is saved: in inference mode, and naming the base's class when no task does."""
+    fields = config.to_dict() | {"inference_mode": True}
+    if config.task_type is None:
+        base = type(model)
+        fields["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return fields

@@ -1,0 +1,394 @@
+"""`PeftModel`: a model with adapters, and `get_peft_model`, which makes one."""
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ferrolora.adapters.base import AdapterLayer
+from ferrolora.adapters.config import PeftConfig, TaskType
+from ferrolora.adapters.lora import LoraConfig
+from ferrolora.errors import TargetError, UnsupportedError
+from ferrolora.model import files, inject, merge
+from ferrolora.model.config import config_for
+from ferrolora.model.count import count_parameters
+from ferrolora.model.kbit import is_checkpointing, require_input_grads
+from ferrolora.model.pretrained import surface_class
+from ferrolora.model.state_dict import LoadResult, get_peft_model_state_dict
+
+
+class PeftModel(nn.Module):
+    """A base model with named adapters in it. Only active adapters are trained; the base is frozen.
+
+    What is not defined here is looked up on the base model (`generate`, `config`, `device`, …). Over a transformers
+    model it is a `transformers.PreTrainedModel` too.
+
+    Args:
+        model: the base; its targeted modules are wrapped in place.
+        peft_config: which adapter; copied, not changed.
+        adapter_name: default "default".
+        autocast_adapter_dtype: adapter weights are at least float32 (default True), else of the base's type.
+
+    Raises:
+        TargetError: the configuration matches no module, or one that cannot be adapted.
+    """
+
+    _hf_peft_config_loaded: ClassVar[bool] = True  # by this mark Trainer accepts a quantized model for training
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> "PeftModel":
+        return cast(PeftModel, object.__new__(surface_class(cls, model)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        nn.Module.__init__(self)  # PreTrainedModel's own would build a model from a configuration
+        if isinstance(model, PeftModel) or any(inject.wrappers(model)):
+            raise UnsupportedError("the model has adapters already; add another with its add_adapter()")
+        self.base_model = inject.AdaptedModel(model)
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.active_adapters: list[str] = []
+        self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        inject.train_only_adapters(model)
+        inject.activate(model, [adapter_name], self.peft_config, not peft_config.inference_mode)
+        if is_checkpointing(model):
+            require_input_grads(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the base model returns, with the active adapters."""
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise UnsupportedError("adapter_names: a different adapter for each row of a batch is not supported yet")
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_model", "peft_config", "active_adapters"):  # not there yet while unpickling
+                raise
+            return getattr(self._modules["base_model"], name)
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside, with its wrappers."""
+        base: nn.Module = self._modules["base_model"].model  # type: ignore[union-attr, assignment]
+        return base
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter. Raises TargetError when there is none."""
+        if not self.active_adapters:
+            raise TargetError(f"no adapter is active; the model has {sorted(self.peft_config)}")
+        return self.active_adapters[0]
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+        """Adds a new adapter, inactive and frozen; `set_adapter` makes it count.
+
+        Raises:
+            TargetError: the name is taken, or the configuration matches nothing.
+            UnsupportedError: an adapter that trains biases, beside another: the biases are shared.
+        """
+        if adapter_name in self.peft_config:
+            raise TargetError(f"the model has an adapter {adapter_name!r} already")
+        if not isinstance(peft_config, LoraConfig):
+            raise UnsupportedError(f"{type(peft_config).__name__} is not the configuration of a supported method")
+        biased = [config for config in (*self.peft_config.values(), peft_config) if config.bias != "none"]
+        if biased and self.peft_config:
+            raise UnsupportedError(
+                "an adapter with bias != 'none' trains the base's biases, so it must be the only one"
+            )
+        model = self.get_base_model()
+        config = config_for(model, peft_config)
+        inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype)
+        self.peft_config[adapter_name] = config
+        trainable = [p.requires_grad for p in self._parameters_of(self.active_adapters)]
+        inject.activate(model, self.active_adapters, self.peft_config, any(trainable))
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several whose deltas add up, the active ones.
+
+        Args:
+            adapter_name: a name, or a list of names.
+            inference_mode: keep them frozen. Default False: they are trained.
+
+        Raises:
+            TargetError: an unknown name.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        inject.activate(self.get_base_model(), names, self.peft_config, not inference_mode)
+        self.active_adapters = names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If it was the only active one, the first that is left becomes active."""
+        self._known([adapter_name])
+        for _, layer in inject.wrappers(self.get_base_model()):
+            layer.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        left = [name for name in self.active_adapters if name != adapter_name]
+        self.set_adapter(left or list(self.peft_config)[:1])
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model is the base. A merge is undone at the start and done again at the end."""
+        merged = self._merged()
+        self.unmerge_adapter()
+        inject.enable(self.get_base_model(), False, self.peft_config)
+        try:
+            yield
+        finally:
+            inject.enable(self.get_base_model(), True, self.peft_config)
+            if merged:
+                self.merge_adapter(merged)
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; a packed weight counts the parameters it stands for."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints `trainable params: 2359296 || all params: 1231940608 || trainable%: 0.1915`."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable} || all params: {total} || trainable%: {share:.4f}")  # noqa: T201
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Merges adapters (default: the active ones) in place; `unmerge_adapter` undoes it bit for bit.
+
+        A float weight is replaced by W + Σ ΔW and kept aside; beside a packed weight the deltas are frozen as they are.
+        """
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._known(names)
+        for layer in self._layers():
+            layer.merge(names)
+
+    def unmerge_adapter(self) -> None:
+        """Puts every base weight back exactly as it was before `merge_adapter`."""
+        for layer in self._layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, dtype: torch.dtype | None = None, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with W + Σ ΔW in ordinary float layers, and no adapter. The model is used up.
+
+        Args:
+            dtype: float16, bfloat16 or float32 for the whole result. Default None: a float model keeps its own; a
+                model with packed weights becomes 16-bit (bfloat16 unless it computes in float16), which is what
+                training saw up to rounding.
+            adapter_names: which adapters. Default None: the active ones.
+        """
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise UnsupportedError(f"merge_and_unload(dtype={dtype}): choose torch.float16, bfloat16 or float32")
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._known(names)
+        self.unmerge_adapter()
+        return merge.merge_and_unload(self.get_base_model(), names, dtype)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters. The model is used up."""
+        self.unmerge_adapter()
+        return merge.unload(self.get_base_model())
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool = False,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Writes adapters in PEFT's format: "default" into the directory itself, others into a subfolder each.
+
+        In a folder `checkpoint-<step>` the adapters are written once more as `model.safetensors`, under their names
+        in memory: that is the file `transformers.Trainer` resumes from and takes the best model from.
+
+        Args:
+            save_directory: created if need be.
+            selected_adapters: which. Default None: all.
+            save_embedding_layers: also the input embedding and the output head. Default False.
+            is_main_process: False writes nothing.
+            state_dict: the model's state dict, if it was gathered from shards.
+        """
+        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        self._known(names)
+        if is_main_process:
+            files.save(self, save_directory, names, save_embedding_layers, state_dict)
+
+    def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
+        """Writes README.md if there is none; Trainer calls this after writing its own."""
+        files.save_card(self, output_dir)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, as one commit; returns its URL. Needs huggingface_hub.
+
+        Args:
+            repo_id: `owner/name`; created if need be.
+            **options: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return files.upload(Path(directory), repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> "PeftModel":
+        """Puts a saved adapter into `model`.
+
+        Args:
+            model: the base model; its targeted modules are wrapped in place.
+            model_id: a directory, or a repository on the Hub.
+            adapter_name: its name in memory. Default "default".
+            is_trainable: train it further. Default False: frozen, and in evaluation mode.
+            config: used instead of the file's. Default None.
+            autocast_adapter_dtype: as for the class.
+            **hub: `subfolder`, `revision`, `token`, `cache_dir`.
+
+        Raises:
+            FormatError: the files do not fit each other or the model.
+        """
+        directory = files.locate(model_id, **hub)
+        config = copy.copy(config) if config is not None else files.load_config(directory, is_trainable)
+        config.inference_mode = not is_trainable
+        made = _task_class(config, cls)(model, config, adapter_name, autocast_adapter_dtype)
+        files.load(made, directory, adapter_name)
+        return made if is_trainable else made.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> LoadResult:
+        """Reads a saved adapter into `adapter_name`, which is added, inactive, if the model does not have it.
+
+        Args and errors: as `from_pretrained`. The result is empty: what does not fit raises.
+        """
+        directory = files.locate(model_id, **hub)
+        if adapter_name not in self.peft_config:
+            self.add_adapter(adapter_name, files.load_config(directory, is_trainable), autocast_adapter_dtype)
+        result = files.load(self, directory, adapter_name)
+        if is_trainable:
+            for parameter in self._parameters_of([adapter_name]):
+                parameter.requires_grad_(True)
+        else:
+            self.eval()
+        return result
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of one adapter (default: the active one) by their keys in a file."""
+        return get_peft_model_state_dict(self, state_dict, adapter_name or self.active_adapter)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """What a checkpoint leaves out: everything that is in no adapter. Trainer expects it to be missing."""
+        places = set(files.adapter_places(self))
+        return [key for key in self.state_dict() if key not in places]
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the base tied its weights when it was loaded, and a trained head must not be tied again."""
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[AdapterLayer]:
+        return [layer for _, layer in inject.wrappers(self) if isinstance(layer, AdapterLayer)]
+
+    def _merged(self) -> list[str]:
+        return list(dict.fromkeys(name for layer in self._layers() for name in layer.merged_adapters))
+
+    def _parameters_of(self, names: Sequence[str]) -> list[nn.Parameter]:
+        return [p for _, layer in inject.wrappers(self) for name in names for p in layer.adapter_parameters(name)]
+
+    def _known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise TargetError(f"the model has no adapter {unknown[0]!r}; it has {sorted(self.peft_config)}")
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; its head (`classifier`, `score`) is trained and saved in full."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; its head (`classifier`, `score`) is trained and saved in full."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """An extractive question answerer with adapters; its head (`qa_outputs`) is trained and saved in full."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """An encoder without a head, with adapters."""
+
+
+TASK_CLASSES: dict[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def _task_class(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:
+    return TASK_CLASSES[TaskType(config.task_type)] if config.task_type is not None else default
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """Wraps the targeted modules of `model` in place, freezes the rest, and returns the model to train.
+
+    Args:
+        model: any torch module; over a packed base run `prepare_model_for_kbit_training` first.
+        peft_config: which adapter; copied, not changed.
+        adapter_name: default "default".
+        autocast_adapter_dtype: adapter weights are at least float32 (default True), else of the base's type.
+
+    Returns:
+        A `PeftModel`, of the class that `peft_config.task_type` names.
+
+    Raises:
+        TargetError: the configuration matches no module, or one that cannot be adapted.
+    """
+    return _task_class(peft_config, PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype)

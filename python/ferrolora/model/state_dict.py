@@ -1,0 +1,144 @@
+"""An adapter's tensors: their names in a file (PEFT's, without adapter names) and in memory."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ferrolora.adapters.base import AdapterLayer
+from ferrolora.adapters.lora import LoraConfig
+from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
+from ferrolora.errors import ShapeError, TargetError
+from ferrolora.model.inject import bias_parameters, wrappers
+
+
+class LoadResult(NamedTuple):
+    """What `set_peft_model_state_dict` could not place, by the keys of the file."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def adapter_keys(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, str]:
+    """{key in a file: key in `model.state_dict()`} of one adapter, read off the modules themselves.
+
+    Args:
+        model: the `PeftModel`, so that keys begin with `base_model.model.`.
+        adapter_name: whose tensors.
+        config: its configuration; says which biases belong to it.
+    """
+    keys: dict[str, str] = {}
+    for path, layer in wrappers(model):
+        if isinstance(layer, ModulesToSaveWrapper):
+            if adapter_name in layer.modules_to_save:
+                for key in layer.modules_to_save[adapter_name].state_dict():
+                    keys[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
+            continue
+        for container in layer.containers:
+            entries = getattr(layer, container)
+            if adapter_name not in entries:
+                continue
+            entry, place = entries[adapter_name], f"{path}.{container}"
+            if isinstance(entry, Tensor):
+                keys[place] = f"{place}.{adapter_name}"
+            else:
+                keys.update({f"{place}.{key}": f"{place}.{adapter_name}.{key}" for key in entry.state_dict()})
+    if config.bias != "none":
+        keys.update({path: path for path, _ in bias_parameters(model, config.bias)})
+    return keys
+
+
+def embedding_keys(model: nn.Module) -> dict[str, str]:
+    """The same for the weights of the input embedding and the output head, as far as they are not in an adapter."""
+    keys: dict[str, str] = {}
+    for finder in ("get_input_embeddings", "get_output_embeddings"):
+        find = getattr(model, finder, None)
+        module = find() if callable(find) else None
+        module = module.base_layer if isinstance(module, AdapterLayer) else module
+        for path, candidate in model.named_modules():
+            if module is not None and candidate is module and not isinstance(module, ModulesToSaveWrapper):
+                keys.update({f"{path}.{key}": f"{path}.{key}" for key in module.state_dict()})
+    return keys
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of one adapter by the keys of a file; they share memory with the model.
+
+    Args:
+        model: a `PeftModel`.
+        state_dict: the model's state dict, when it was gathered from shards; default `model.state_dict()`.
+        adapter_name: which adapter. Default "default".
+        save_embedding_layers: also the weights of the input embedding and the output head. Default False.
+
+    Raises:
+        TargetError: the model has no such adapter.
+    """
+    config = _config(model, adapter_name)
+    keys = adapter_keys(model, adapter_name, config)
+    if save_embedding_layers:
+        keys.update(embedding_keys(model))
+    tensors = tensors_by_name(model) if state_dict is None else state_dict
+    return {key: tensors[place].detach() for key, place in keys.items()}
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> LoadResult:
+    """Copies tensors with the keys of a file into adapter `adapter_name`; types are converted to the model's.
+
+    A key of the file that names a tensor of the base (a saved embedding) is copied there.
+
+    Args:
+        model: a `PeftModel` that has the adapter.
+        peft_model_state_dict: tensors by the keys of a file.
+        adapter_name: where they go. Default "default".
+
+    Returns:
+        The adapter's keys that the file lacks, and the file's keys that the model lacks.
+
+    Raises:
+        ShapeError: a tensor has another shape than its place.
+        TargetError: the model has no such adapter.
+    """
+    keys = adapter_keys(model, adapter_name, _config(model, adapter_name))
+    places = tensors_by_name(model)
+    unexpected = []
+    for key, tensor in peft_model_state_dict.items():
+        place = places.get(keys.get(key, key))
+        if place is None:
+            if not _is_duplicate(model, key):
+                unexpected.append(key)
+            continue
+        if place.shape != tensor.shape:
+            raise ShapeError(
+                f"{key}: the file has {list(tensor.shape)}, adapter {adapter_name!r} of this model has "
+                f"{list(place.shape)}; it was made with another rank, or for another base"
+            )
+        place.copy_(tensor)
+    return LoadResult([key for key in keys if key not in peft_model_state_dict], unexpected)
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name they have; unlike `state_dict()` this packs nothing for a file."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _is_duplicate(model: nn.Module, key: str) -> bool:
+    """Whether PEFT's `bias="all"` wrote this bias of a fully trained module a second time under its wrapper's name."""
+    owner, _, rest = key.partition(".modules_to_save.")
+    saved = {path for path, layer in wrappers(model) if isinstance(layer, ModulesToSaveWrapper)}
+    return bool(rest) and owner in saved
+
+
+def _config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    configs: dict[str, LoraConfig] = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise TargetError(f"the model has no adapter {adapter_name!r}; it has {sorted(configs)}")
+    return configs[adapter_name]
