@@ -147,6 +147,19 @@ def split(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list
     return kept, [item for i, item in enumerate(items) if i in held_out]
 
 
+def split_causal(
+    examples: Sequence[CausalExample], fraction: float, seed: int
+) -> tuple[list[CausalExample], list[CausalExample]]:
+    """Like `split`, but a plain text is cut once, its end set apart, so that no sentence is on both sides."""
+    if len(examples) == 1 and isinstance(examples[0], PlainText):
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"eval fraction must lie between 0 and 1, got {fraction}")
+        text = examples[0].text
+        cut = round(len(text) * (1 - fraction))
+        return [PlainText(text[:cut])], [PlainText(text[cut:])]
+    return split(examples, fraction, seed)
+
+
 def _read_text(path: Path, encoding: str) -> str:
     try:
         return path.read_text(encoding=encoding)

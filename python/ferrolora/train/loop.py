@@ -117,14 +117,13 @@ def fit(
     Raises:
         FormatError: `resume` without a checkpoint.
     """
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, Trainer
 
     from ferrolora.train.callbacks import ProgressReport
-    from ferrolora.train.trainer import AdapterTrainer
 
     settings = settings if settings is not None else TrainSettings()
     checkpoint = newest_checkpoint(output) if resume else None
-    trainer = AdapterTrainer(
+    trainer = Trainer(
         model,
         args=_arguments(model, output, settings, evaluates=eval_data is not None, loss_only=compute_metrics is None),
         data_collator=collate,

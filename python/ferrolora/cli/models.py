@@ -1,0 +1,49 @@
+"""Models and tokenizers by the options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from ferrolora.spec import QUANT_TYPES, QuantSpec
+
+QUANT_CHOICES = (*QUANT_TYPES, "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Usage error if `value` is not one of `choices`."""
+    if value not in choices:
+        raise typer.BadParameter(f"{option} {value!r} is not one of {', '.join(choices)}")
+
+
+def load_model(
+    cls: Any, model: str, quant: str, dtype: str, block_size: int = 64, double_quant: bool = True, **options: Any
+) -> Any:
+    """Load a model by a transformers auto class, quantized as it loads; one that is stored quantized stays as it is.
+
+    Args:
+        cls: a transformers auto class, for instance `AutoModelForCausalLM`.
+        model: directory or name on the Hub.
+        quant: one of `QUANT_CHOICES`.
+        dtype: one of `DTYPES`; "auto" is the type the model was stored in.
+        block_size, double_quant: as in `QuantSpec`.
+        options: for `from_pretrained`.
+    """
+    from transformers import AutoConfig
+
+    from ferrolora.integrations.transformers import FerroloraConfig
+
+    config = AutoConfig.from_pretrained(model)
+    if quant != "none" and getattr(config, "quantization_config", None) is None:
+        spec = QuantSpec(quant, block_size, double_quant)
+        options["quantization_config"] = FerroloraConfig.from_spec(spec)
+    return cls.from_pretrained(model, dtype=dtype, **options)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that belongs to a model directory or name."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
