@@ -81,9 +81,9 @@ def _complain(message: str) -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        import ferrolora
+        from ferrolora import _native
 
-        print(ferrolora.__version__)
+        print(_native.version())
         raise typer.Exit
 
 

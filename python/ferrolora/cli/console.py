@@ -53,8 +53,9 @@ def quiet_transformers() -> None:
     """Keep transformers from writing to the terminal: its progress bars, and reports of what it loads."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    settings: Any = logging
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
 
 
 @contextmanager

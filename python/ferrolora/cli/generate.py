@@ -13,7 +13,7 @@ from ferrolora.cli.models import DTYPES, QUANT_CHOICES, check_choice, load_model
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, quantized or not, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, quantized or not, or Hub name.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter directory.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
@@ -35,7 +35,7 @@ def command(
         tokenizer = load_tokenizer(model)
         network = load_model(AutoModelForCausalLM, model, quant, dtype)
     if adapter is not None:
-        from ferrolora import PeftModel
+        from ferrolora.model.peft_model import PeftModel
 
         network = PeftModel.from_pretrained(network, str(adapter))
     network.eval()

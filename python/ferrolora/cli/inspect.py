@@ -19,7 +19,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Model directory, adapter directory or .safetensors file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Model or adapter directory, or .safetensors file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False,
 ) -> None:
@@ -146,5 +146,5 @@ def _print(path: Path, content: dict[str, Any]) -> None:
         if content["quantized_layers"]:
             print("quantized layers: " + ", ".join(f"{n} {c}" for n, c in content["quantized_layers"].items()))
     if "tensors" in content:
-        rows = [(name, info["dtype"], "x".join(map(str, info["shape"]))) for name, info in content["tensors"].items()]
-        print_table(rows, ("tensor", "type", "shape"))
+        listed = [(name, info["dtype"], "x".join(map(str, info["shape"]))) for name, info in content["tensors"].items()]
+        print_table(listed, ("tensor", "type", "shape"))

@@ -28,8 +28,9 @@ def load_model(
         model: directory or name on the Hub.
         quant: one of `QUANT_CHOICES`.
         dtype: one of `DTYPES`; "auto" is the type the model was stored in.
-        block_size, double_quant: as in `QuantSpec`.
-        options: for `from_pretrained`.
+        block_size: as in `QuantSpec`.
+        double_quant: as in `QuantSpec`.
+        **options: for `from_pretrained`.
     """
     from transformers import AutoConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ def _toml(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, quantized or not, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, quantized or not, or Hub name.")],
     data: Annotated[Path, typer.Option(help="jsonl, txt, csv, or lines of 'LABEL text'.")],
     output: Annotated[Path, typer.Option(help="Directory for the adapter, log.json and loss.png.")],
     config: Annotated[
@@ -197,7 +198,9 @@ def prepare(options: Options, settings: TrainSettings) -> Prepared:
 
 
 def _adapt(model: Any, options: Options, classification: bool) -> Any:
-    from ferrolora import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from ferrolora.adapters.lora import LoraConfig
+    from ferrolora.model.kbit import prepare_model_for_kbit_training
+    from ferrolora.model.peft_model import get_peft_model
 
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     targets: str | list[str] = options.targets if options.targets != ["all-linear"] else "all-linear"
@@ -234,12 +237,11 @@ def _label_options(labels: list[str]) -> dict[str, Any]:
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the same module, before it entered the library
+    parser = importlib.import_module(name)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        entries: dict[str, Any] = parser.loads(file.read_text(encoding="utf-8"))
+        return entries
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{file}: {error}") from error
 
@@ -252,11 +254,11 @@ def _note(figures: dict[str, float]) -> str:
 def _log(
     options: Options, settings: TrainSettings, prepared: Prepared, trainable: int, result: TrainResult
 ) -> dict[str, Any]:
-    import ferrolora
+    from ferrolora import _native
 
     chosen = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
     return {
-        "version": ferrolora.__version__,
+        "version": _native.version(),
         "options": {**chosen, **asdict(settings)},
         "labels": prepared.labels,
         "examples": {
@@ -279,7 +281,6 @@ def _plot(result: TrainResult, options: Options) -> None:
     from ferrolora.train.report import plot_loss
 
     plot_loss(result, options.output / PLOT_NAME, f"{Path(options.model).name}, rank {options.rank}, {options.quant}")
-
 
 
 def _print(log: dict[str, Any], output: Path) -> None:

@@ -73,4 +73,7 @@ def meta_model(directory: Path) -> Any:
     cls = getattr(transformers, names[0], None) if names else None
     with torch.device("meta"):
         # _from_config is what AutoModel.from_config calls on the class it has chosen.
-        return transformers.AutoModel.from_config(config) if cls is None else cls._from_config(config)
+        if cls is not None:
+            return cls._from_config(config)
+        make: Any = transformers.AutoModel.from_config
+        return make(config)

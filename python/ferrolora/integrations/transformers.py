@@ -42,7 +42,7 @@ SERIALIZED_NAMES = [
 ]
 
 
-class FerroloraConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers ships no types
+class FerroloraConfig(QuantizationConfigMixin):
     """How `from_pretrained(path, quantization_config=…)` quantizes a model's linear layers.
 
     The output head, task heads, routers, tied weights, and layers that the checkpoint does not hold stay as they are.
@@ -71,7 +71,7 @@ class FerroloraConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         if quant_method != METHOD:
             raise FormatError(f"quant_method is {quant_method!r}; FerroloraConfig reads {METHOD!r}")
         spec = QuantSpec(quant_type, block_size, double_quant)
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.quant_type = spec.quant_type
         self.block_size = spec.block_size
         self.double_quant = spec.double_quant
@@ -91,15 +91,15 @@ class FerroloraConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         return cls(spec.quant_type, spec.block_size, spec.double_quant, skip_modules)
 
 
-class FerroloraQuantizer(HfQuantizer):  # type: ignore[misc]
+class FerroloraQuantizer(HfQuantizer):
     """Loads and saves quantized models; made by transformers when a config says `quant_method: ferrolora`."""
 
     quantization_config: FerroloraConfig
     requires_calibration = False
-    serialized_names = {"weight": SERIALIZED_NAMES}
 
     def __init__(self, quantization_config: FerroloraConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.serialized_names = {"weight": SERIALIZED_NAMES}
         self._targets: frozenset[str] = frozenset()
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
@@ -130,10 +130,10 @@ class FerroloraQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"(skip_modules={self.quantization_config.skip_modules})"
             )
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **context: Any) -> bool:
         """Whether this parameter is the float weight of a layer to quantize."""
-        module, _, parameter = param_name.rpartition(".")
-        return parameter == "weight" and module in self._targets
+        layer, _, parameter = param_name.rpartition(".")
+        return parameter == "weight" and layer in self._targets
 
     def get_quantize_ops(self) -> Any:
         """The step that turns a float weight, as it arrives, into a `QuantLinear`."""

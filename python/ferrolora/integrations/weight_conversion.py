@@ -15,7 +15,7 @@ from ferrolora.nn import QuantLinear
 from ferrolora.nn.quant_state import from_state
 
 
-class QuantizeWeight(ConversionOps):  # type: ignore[misc]  # transformers ships no types
+class QuantizeWeight(ConversionOps):
     """A float weight arrives: quantize it and put a `QuantLinear` in the place of its layer.
 
     Args:
@@ -26,14 +26,14 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]  # transformers ships
         self._config = config
 
     def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
         """`{"<layer>.weight": float [N, K]}` to the packed weight under the same name."""
-        assert model is not None
+        model: nn.Module = context["model"]
         packed = {}
         for key, value in input_dict.items():
             name = key.removesuffix(".weight")
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             weight = value[0] if isinstance(value, list) else value
             if isinstance(layer, Conv1D):
                 weight = weight.T  # Conv1D keeps [K, N]
@@ -45,7 +45,7 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]  # transformers ships
         return packed
 
 
-class ReadQuantized(ConversionOps):  # type: ignore[misc]
+class ReadQuantized(ConversionOps):
     """The tensors of one quantized layer arrive: check them and put a `QuantLinear` in its place.
 
     Every key that ends in `weight` comes this way; one that is alone is a plain float weight and only gets its type.
@@ -62,14 +62,11 @@ class ReadQuantized(ConversionOps):  # type: ignore[misc]
         self.float_dtype: torch.dtype | None = None
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        full_layer_name: str | None = None,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
         """`{"weight": …, "weight.absmax": …, …}` to the packed (or plain) weight under its full name."""
-        assert model is not None and full_layer_name is not None
+        model: nn.Module = context["model"]
+        full_layer_name: str = context["full_layer_name"]
         state = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         if set(state) == {"weight"}:
             plain = state["weight"]
@@ -77,7 +74,7 @@ class ReadQuantized(ConversionOps):  # type: ignore[misc]
                 raise FormatError(f"{full_layer_name} is {plain.dtype}, but the tensors that decode it are missing")
             return {full_layer_name: plain.to(self.float_dtype)}
         name = full_layer_name.removesuffix(".weight")
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         dtype = self.float_dtype if self.float_dtype is not None else torch.get_default_dtype()
         qt = from_state({f"{name}.{key}": value for key, value in state.items()}, f"{name}.", _shape(layer), dtype)
         _install(model, name, QuantLinear.from_quant_tensor(qt, layer.bias), self._config)
@@ -89,10 +86,12 @@ class ReadQuantized(ConversionOps):  # type: ignore[misc]
         return KeepAsIs()
 
 
-class KeepAsIs(ConversionOps):  # type: ignore[misc]
+class KeepAsIs(ConversionOps):
     """Passes a tensor through."""
 
-    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
         """The input itself."""
         return input_dict
 
@@ -102,7 +101,7 @@ class KeepAsIs(ConversionOps):  # type: ignore[misc]
         return self
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _shape(layer: Any) -> tuple[int, int]:
     rows, columns = layer.weight.shape
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 

@@ -134,7 +134,7 @@ class SafetensorsWriter:
             )
         self._file.seek(8 + self._header_room + self._place[name][0])
         if data.numel():
-            self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self._written.add(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

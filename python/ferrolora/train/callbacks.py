@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 Progress = Callable[[int, int, dict[str, float]], None]  # (steps done, steps in all, latest figures)
 
 
-class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+class ProgressReport(TrainerCallback):
     """Calls `report(done, total, figures)` after every step and every logged figure.
 
     Args:

@@ -156,7 +156,9 @@ def newest_checkpoint(output: Path) -> Path:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of examples whose largest logit is at the label: `logits [N, C]`, `labels [N]` to one figure."""
-    chosen = prediction.predictions.argmax(axis=-1)
+    outputs = prediction.predictions
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs  # some models return more than logits
+    chosen = logits.argmax(axis=-1)
     return {"accuracy": float((chosen == prediction.label_ids).mean())}
 
 
