@@ -1,0 +1,138 @@
+//! Row-wise int8: `SCB[n] = max|W[n]|`, `CB = round_half_even(W · (127 / SCB))`, decode `CB · SCB / 127`.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::finite::{INFINITY_BITS, non_finite};
+use super::quantize::absmax_bits;
+use crate::dtype::{Element, Floats, FloatsMut, narrow, with_floats};
+use crate::error::check_len;
+use crate::simd::{Isa, LANES, Op};
+use crate::{Exec, Result, parallel};
+
+/// 1 / 127 in float32: decoding multiplies by it, as the format's other readers do.
+const INVERSE_127: f32 = 7.874_016e-3;
+
+/// An int8 matrix in memory, `rows × cols`.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8Matrix<'a> {
+    codes: &'a [i8],
+    scb: &'a [f32],
+    cols: usize,
+}
+
+impl<'a> Int8Matrix<'a> {
+    /// Checks the lengths.
+    ///
+    /// # Errors
+    /// [`crate::Error::Length`] naming the buffer that does not fit.
+    pub fn new(codes: &'a [i8], scb: &'a [f32], rows: usize, cols: usize) -> Result<Self> {
+        check_len("codes", rows * cols, codes.len())?;
+        check_len("SCB", rows, scb.len())?;
+        Ok(Self { codes, scb, cols })
+    }
+
+    /// Decodes `out.len()` values of row `row` from column `col`.
+    #[inline(always)]
+    pub(crate) fn decode_row<I: Isa>(&self, isa: I, row: usize, col: usize, out: &mut [f32]) {
+        let codes = &self.codes[row * self.cols + col..][..out.len()];
+        let (scb, inverse) = (isa.splat(self.scb[row]), isa.splat(INVERSE_127));
+        let (body, tail) = out.as_chunks_mut::<LANES>();
+        let (codes_body, codes_tail) = codes.as_chunks::<LANES>();
+        for (lanes, codes) in body.iter_mut().zip(codes_body) {
+            isa.store(isa.mul(isa.mul(isa.load_i8(codes), scb), inverse), lanes);
+        }
+        for (value, code) in tail.iter_mut().zip(codes_tail) {
+            *value = f32::from(*code) * self.scb[row] * INVERSE_127;
+        }
+    }
+}
+
+/// Quantizes the matrix `src` of `scb.len()` rows. A zero row gives zeros and SCB 0.
+///
+/// # Errors
+/// [`crate::Error::NonFinite`] naming `name`, or [`crate::Error::Length`].
+pub fn quantize_int8(exec: &Exec, src: Floats<'_>, codes: &mut [i8], scb: &mut [f32], name: &str) -> Result<()> {
+    check_len("codes", src.len(), codes.len())?;
+    let cols = src.len().checked_div(scb.len()).unwrap_or(0);
+    check_len("src", scb.len() * cols, src.len())?;
+    if cols == 0 {
+        scb.fill(0.0);
+        return Ok(());
+    }
+    with_floats!(Floats, src, src => {
+        let rows = src.chunks(cols).zip(codes.chunks_mut(cols)).zip(scb);
+        let tasks: Vec<_> = rows.map(|((src, codes), scb)| Row { src, codes, scb }).collect();
+        let finite = AtomicBool::new(true);
+        parallel::for_each(exec.threads_for(src.len()), tasks, |task| {
+            if !exec.isa.run(task) {
+                finite.store(false, Ordering::Relaxed);
+            }
+        });
+        if finite.into_inner() { Ok(()) } else { Err(non_finite(src, name)) }
+    })
+}
+
+struct Row<'a, E> {
+    src: &'a [E],
+    codes: &'a mut [i8],
+    scb: &'a mut f32,
+}
+
+impl<E: Element> Op for Row<'_, E> {
+    type Output = bool;
+
+    fn eval<I: Isa>(self, isa: I) -> bool {
+        isa.vectorize(|| {
+            let bits = absmax_bits(isa, self.src);
+            let absmax = f32::from_bits(bits.cast_unsigned());
+            *self.scb = absmax;
+            let factor = 127.0 / absmax;
+            for (code, value) in self.codes.iter_mut().zip(self.src) {
+                // The cast saturates, and makes 0 of the 0 · infinity of a zero row.
+                *code = (value.to_f32() * factor).round_ties_even() as i8;
+            }
+            bits < INFINITY_BITS
+        })
+    }
+}
+
+/// `out = codes · SCB / 127`
+///
+/// # Errors
+/// [`crate::Error::Length`] if `out` does not fit.
+pub fn dequantize_int8(exec: &Exec, matrix: &Int8Matrix<'_>, out: FloatsMut<'_>) -> Result<()> {
+    check_len("out", matrix.codes.len(), out.len())?;
+    if matrix.cols == 0 {
+        return Ok(());
+    }
+    with_floats!(FloatsMut, out, out => {
+        let threads = exec.threads_for(out.len());
+        let tasks: Vec<_> =
+            out.chunks_mut(matrix.cols).enumerate().map(|(row, out)| DecodeRow { matrix, row, out }).collect();
+        parallel::for_each(threads, tasks, |task| exec.isa.run(task));
+    });
+    Ok(())
+}
+
+struct DecodeRow<'a, E> {
+    matrix: &'a Int8Matrix<'a>,
+    row: usize,
+    out: &'a mut [E],
+}
+
+impl<E: Element> Op for DecodeRow<'_, E> {
+    type Output = ();
+
+    fn eval<I: Isa>(self, isa: I) {
+        /// Values decoded at a time, on the stack.
+        const STEP: usize = 512;
+        isa.vectorize(|| {
+            let mut wide = [0.0_f32; STEP];
+            for (i, out) in self.out.chunks_mut(STEP).enumerate() {
+                let wide = &mut wide[..out.len()];
+                self.matrix.decode_row(isa, self.row, i * STEP, wide);
+                narrow(isa, wide, out);
+            }
+        });
+    }
+}

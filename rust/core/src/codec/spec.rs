@@ -1,0 +1,188 @@
+//! The validated description of a packed 4-bit tensor.
+
+use super::codebook::{dynamic8, fp4, nf4};
+use crate::error::check_len;
+use crate::{Error, Result};
+
+/// Block of the second quantization, the one of the absmax values.
+pub const NESTED_BLOCK_SIZE: usize = 256;
+
+/// The block sizes a 4-bit tensor may have.
+pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
+
+/// A 4-bit data type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantType {
+    /// 4-bit NormalFloat.
+    Nf4,
+    /// 4-bit float.
+    Fp4,
+}
+
+impl QuantType {
+    /// Value of each code.
+    #[must_use]
+    pub fn values(self) -> &'static [f32; 16] {
+        match self {
+            Self::Nf4 => &nf4::VALUES,
+            Self::Fp4 => &fp4::VALUES,
+        }
+    }
+
+    /// Code of 0.0, which also fills the pad nibble of an odd tensor.
+    #[must_use]
+    pub fn zero_code(self) -> u8 {
+        match self {
+            Self::Nf4 => nf4::ZERO_CODE,
+            Self::Fp4 => fp4::ZERO_CODE,
+        }
+    }
+}
+
+impl std::str::FromStr for QuantType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "nf4" => Ok(Self::Nf4),
+            "fp4" => Ok(Self::Fp4),
+            other => Err(Error::Unknown { what: "quant_type", allowed: "nf4, fp4", got: other.to_owned() }),
+        }
+    }
+}
+
+/// How a tensor is quantized to 4 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantSpec {
+    quant_type: QuantType,
+    block_size: usize,
+}
+
+impl QuantSpec {
+    /// A description.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] unless `block_size` is one of [`BLOCK_SIZES`].
+    pub fn new(quant_type: QuantType, block_size: usize) -> Result<Self> {
+        if !BLOCK_SIZES.contains(&block_size) {
+            return Err(Error::Unknown {
+                what: "block_size",
+                allowed: "32, 64, 128, 256, 512, 1024, 2048, 4096",
+                got: block_size.to_string(),
+            });
+        }
+        Ok(Self { quant_type, block_size })
+    }
+
+    /// The 4-bit type.
+    #[must_use]
+    pub fn quant_type(self) -> QuantType {
+        self.quant_type
+    }
+
+    /// Elements that share one absmax.
+    #[must_use]
+    pub fn block_size(self) -> usize {
+        self.block_size
+    }
+
+    /// Blocks of a tensor of `numel` elements; the last may be short.
+    #[must_use]
+    pub fn blocks(self, numel: usize) -> usize {
+        numel.div_ceil(self.block_size)
+    }
+}
+
+/// The absmax of each block, as stored.
+#[derive(Debug, Clone, Copy)]
+pub enum Scales<'a> {
+    /// One float32 a block.
+    Plain(&'a [f32]),
+    /// `absmax[i] = dynamic8[codes[i]] · nested_absmax[i / 256] + offset`
+    Double {
+        /// 8-bit dynamic code of each block's centred absmax.
+        codes: &'a [u8],
+        /// Absmax of each 256 centred values.
+        nested_absmax: &'a [f32],
+        /// Mean of the absmax values.
+        offset: f32,
+    },
+}
+
+impl Scales<'_> {
+    /// Absmax of block `i`, decoded.
+    #[must_use]
+    #[inline(always)]
+    pub fn get(&self, i: usize) -> f32 {
+        match *self {
+            Self::Plain(absmax) => absmax[i],
+            Self::Double { codes, nested_absmax, offset } => {
+                // Two roundings, as every reader of the format does; not a fused multiply-add.
+                dynamic8::map().values[usize::from(codes[i])] * nested_absmax[i / NESTED_BLOCK_SIZE] + offset
+            }
+        }
+    }
+
+    fn check(&self, blocks: usize) -> Result<()> {
+        match *self {
+            Self::Plain(absmax) => check_len("absmax", blocks, absmax.len()),
+            Self::Double { codes, nested_absmax, .. } => {
+                check_len("absmax", blocks, codes.len())?;
+                check_len("nested_absmax", blocks.div_ceil(NESTED_BLOCK_SIZE), nested_absmax.len())
+            }
+        }
+    }
+}
+
+/// A 4-bit tensor in memory: flat row-major nibbles, high nibble first, and the scale of each block.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    codes: &'a [u8],
+    scales: Scales<'a>,
+    spec: QuantSpec,
+    numel: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// Checks every length against `numel`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] naming the buffer that does not fit.
+    pub fn new(codes: &'a [u8], scales: Scales<'a>, spec: QuantSpec, numel: usize) -> Result<Self> {
+        check_len("codes", numel.div_ceil(2), codes.len())?;
+        scales.check(spec.blocks(numel))?;
+        Ok(Self { codes, scales, spec, numel })
+    }
+
+    /// Packed nibbles.
+    #[must_use]
+    pub fn codes(&self) -> &'a [u8] {
+        self.codes
+    }
+
+    /// Scales of the blocks.
+    #[must_use]
+    pub fn scales(&self) -> Scales<'a> {
+        self.scales
+    }
+
+    /// How the tensor was quantized.
+    #[must_use]
+    pub fn spec(&self) -> QuantSpec {
+        self.spec
+    }
+
+    /// Elements of the tensor.
+    #[must_use]
+    pub fn numel(&self) -> usize {
+        self.numel
+    }
+
+    /// Code of element `i`.
+    #[must_use]
+    #[inline(always)]
+    pub fn code(&self, i: usize) -> u8 {
+        let byte = self.codes[i / 2];
+        if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 }
+    }
+}

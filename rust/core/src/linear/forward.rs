@@ -1,0 +1,70 @@
+//! The forward pass: checks, and the choice between few rows and many.
+
+use super::lora::LowRank;
+use super::weight::Weight;
+use super::{gemm, gemv};
+use crate::Result;
+use crate::dtype::{Element, Floats, FloatsMut, like_mut, with_floats};
+use crate::error::check_len;
+use crate::exec::Exec;
+
+/// Up to this many rows, a decoded value is used straight from its register.
+const FEW_ROWS: usize = 8;
+
+/// `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`, `S = drop(x)·Aᵀ`.
+///
+/// `x [rows, K]`, `y [rows, N]` and `s [rows, r]` have one type; `bias [N]` may have another. `s`, if
+/// given, receives S, which [`super::backward`] needs.
+///
+/// # Errors
+/// [`crate::Error::Length`] naming the buffer that does not fit, [`crate::Error::Type`] if `y` or `s` has
+/// another type than `x`.
+pub fn forward(
+    exec: &Exec,
+    rows: usize,
+    x: Floats<'_>,
+    weight: &Weight<'_>,
+    bias: Option<Floats<'_>>,
+    lora: Option<&LowRank>,
+    y: FloatsMut<'_>,
+    s: Option<FloatsMut<'_>>,
+) -> Result<()> {
+    check_len("x", rows * weight.in_features(), x.len())?;
+    check_len("y", rows * weight.out_features(), y.len())?;
+    if let Some(bias) = bias {
+        check_len("bias", weight.out_features(), bias.len())?;
+    }
+    if let Some(lora) = lora {
+        lora.check(weight)?;
+    }
+    if let Some(s) = &s {
+        check_len("s", rows * lora.map_or(0, LowRank::rank), s.len())?;
+    }
+    let bias = bias.map(|b| b.to_f32_vec());
+    let problem = Problem { rows, weight, bias: bias.as_deref(), lora };
+    with_floats!(Floats, x, x => {
+        let y = like_mut(x, "x", "y", y)?;
+        let s = s.map(|s| like_mut(x, "x", "s", s)).transpose()?;
+        typed(exec, &problem, x, y, s);
+    });
+    Ok(())
+}
+
+/// Everything of a forward call but the typed buffers.
+pub(super) struct Problem<'a> {
+    pub(super) rows: usize,
+    pub(super) weight: &'a Weight<'a>,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) lora: Option<&'a LowRank>,
+}
+
+fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s: Option<&mut [E]>) {
+    if problem.rows == 0 || problem.weight.out_features() == 0 {
+        return;
+    }
+    if problem.rows <= FEW_ROWS {
+        gemv::forward(exec, problem, x, y, s);
+    } else {
+        gemm::forward(exec, problem, x, y, s);
+    }
+}

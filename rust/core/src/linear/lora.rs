@@ -1,0 +1,86 @@
+//! The low-rank branch: `scaling · drop(x)·Aᵀ·Bᵀ`.
+
+use super::weight::Weight;
+use crate::dtype::Floats;
+use crate::error::check_len;
+use crate::{Error, Result};
+
+/// Dropout of the branch's input: element kept with probability `1 - p` and divided by `1 - p`.
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout {
+    p: f32,
+    seed: u64,
+}
+
+impl Dropout {
+    /// Probability `p` of dropping; the mask is a pure function of `seed` and the element's place.
+    ///
+    /// # Errors
+    /// [`Error::Range`] unless `0 <= p < 1`.
+    pub fn new(p: f32, seed: u64) -> Result<Self> {
+        if (0.0..1.0).contains(&p) {
+            Ok(Self { p, seed })
+        } else {
+            Err(Error::Range { what: "dropout_p", expected: "at least 0 and below 1", got: p.to_string() })
+        }
+    }
+
+    /// Probability of dropping an element.
+    #[must_use]
+    pub fn p(&self) -> f32 {
+        self.p
+    }
+
+    /// Key of the generator.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// `None` if nothing is ever dropped.
+    pub(super) fn active(self) -> Option<Self> {
+        (self.p > 0.0).then_some(self)
+    }
+}
+
+/// Operands of the branch, widened to float32.
+#[derive(Debug)]
+pub struct LowRank {
+    /// `[r, K]`
+    pub(super) a: Vec<f32>,
+    /// `[N, r]`
+    pub(super) b: Vec<f32>,
+    pub(super) rank: usize,
+    pub(super) scaling: f32,
+    pub(super) dropout: Option<Dropout>,
+}
+
+impl LowRank {
+    /// `a [rank, in_features]`, `b [out_features, rank]`. Both are small; they are widened here, once.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if a buffer does not fit the shape.
+    pub fn new(
+        (a, b): (Floats<'_>, Floats<'_>),
+        rank: usize,
+        (out_features, in_features): (usize, usize),
+        scaling: f32,
+        dropout: Dropout,
+    ) -> Result<Self> {
+        check_len("lora_A", rank * in_features, a.len())?;
+        check_len("lora_B", out_features * rank, b.len())?;
+        Ok(Self { a: a.to_f32_vec(), b: b.to_f32_vec(), rank, scaling, dropout: dropout.active() })
+    }
+
+    /// r
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Whether the operands fit the weight.
+    pub(super) fn check(&self, weight: &Weight<'_>) -> Result<()> {
+        check_len("lora_A", self.rank * weight.in_features(), self.a.len())?;
+        check_len("lora_B", weight.out_features() * self.rank, self.b.len())
+    }
+}

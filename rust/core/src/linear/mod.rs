@@ -1,0 +1,37 @@
+//! `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ` with `S = drop(x)·Aᵀ`, and its backward, without ever holding
+//! the dequantized weight: only a tile of it, per thread, in cache.
+//!
+//! Shapes: `x [M, K]`, `W [N, K]`, `y [M, N]`, `A [r, K]`, `B [N, r]`, `S [M, r]`; all row-major. Sums are
+//! float32 in an order that the shapes alone fix.
+//!
+//! | file | what |
+//! |---|---|
+//! | `weight` | the packed weight as a matrix |
+//! | `tile` | the register-blocked product of two panels, for every matrix product here |
+//! | `panel` | copying and decoding into panels |
+//! | `gemm` | forward for many rows |
+//! | `gemv` | forward for up to eight rows |
+//! | `backward` | dX, dA, dB |
+//! | `lora` | the low-rank branch's operands |
+//! | `dropout` | the counter-based mask |
+//! | `scratch` | buffers that threads keep between calls |
+
+mod backward;
+pub mod dropout;
+mod forward;
+mod gemm;
+mod gemv;
+mod lora;
+mod panel;
+mod reduce;
+mod scratch;
+mod tile;
+mod weight;
+
+pub use backward::{Gradients, LoraGradients, backward};
+pub use forward::forward;
+pub use lora::{Dropout, LowRank};
+pub use weight::Weight;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! AVX2 with FMA and F16C: two 256-bit registers hold the sixteen lanes.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Isa, LANES};
+
+/// Proof that this machine has AVX2, FMA and F16C.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// The proof, if the machine has the instructions.
+    pub fn detect() -> Option<Self> {
+        let found =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+}
+
+const ROUND_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+
+impl Isa for Avx2 {
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    type Table = [__m256; 2];
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn enabled<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        // SAFETY: `self` exists only if `detect` found every feature that `enabled` asks for.
+        unsafe { enabled(work) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+    #[inline(always)]
+    fn load(self, src: &[f32; LANES]) -> Self::F {
+        // SAFETY: `self` proves AVX; `src` is 64 readable bytes, and the loads are unaligned.
+        unsafe { [_mm256_loadu_ps(src.as_ptr()), _mm256_loadu_ps(src.as_ptr().add(8))] }
+    }
+    #[inline(always)]
+    fn store(self, value: Self::F, dst: &mut [f32; LANES]) {
+        // SAFETY: `self` proves AVX; `dst` is 64 writable bytes, and the stores are unaligned.
+        unsafe {
+            _mm256_storeu_ps(dst.as_mut_ptr(), value[0]);
+            _mm256_storeu_ps(dst.as_mut_ptr().add(8), value[1]);
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, src: &[f16; LANES]) -> Self::F {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves F16C; `src` is 32 readable bytes, and the loads are unaligned.
+        unsafe { [0, 8].map(|i| _mm256_cvtph_ps(_mm_loadu_si128(src.add(i).cast()))) }
+    }
+    #[inline(always)]
+    fn store_f16(self, value: Self::F, dst: &mut [f16; LANES]) {
+        let dst = dst.as_mut_ptr();
+        for (i, v) in value.into_iter().enumerate() {
+            // SAFETY: `self` proves F16C; bytes 16·i to 16·i+15 of the 32 are writable, i < 2.
+            unsafe { _mm_storeu_si128(dst.add(8 * i).cast(), _mm256_cvtps_ph::<ROUND_NEAREST>(v)) }
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16; LANES]) -> Self::F {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; `src` is 32 readable bytes, and the loads are unaligned.
+        unsafe {
+            [0, 8].map(|i| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.add(i).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            })
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, value: Self::F, dst: &mut [bf16; LANES]) {
+        // SAFETY: `self` proves AVX2; `dst` is 32 writable bytes, and the store is unaligned.
+        unsafe {
+            let [low, high] = value.map(|v| {
+                let bits = _mm256_castps_si256(v);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+            });
+            // The pack interleaves 128-bit halves; the permutation puts them back in order.
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), packed);
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, src: &[i8; LANES]) -> Self::F {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
+        unsafe { [0, 8].map(|i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src.add(i).cast())))) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: `self` proves FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        // SAFETY: `self` proves AVX.
+        unsafe { a.map(|v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v)) }
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: Self::F) -> f32 {
+        // SAFETY: `self` proves AVX.
+        unsafe {
+            let eight = _mm256_add_ps(a[0], a[1]);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
+    #[inline(always)]
+    fn zero_i(self) -> Self::I {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn to_bits(self, a: Self::F) -> Self::I {
+        // SAFETY: `self` proves AVX.
+        unsafe { a.map(|v| _mm256_castps_si256(v)) }
+    }
+    #[inline(always)]
+    fn gt_bit(self, a: Self::F, b: Self::F, bit: i32) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let bit = _mm256_set1_epi32(bit);
+            [0, 1].map(|i| _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]))))
+        }
+    }
+    #[inline(always)]
+    fn max_abs_bits(self, acc: Self::I, a: Self::F) -> Self::I {
+        let bits = self.to_bits(self.abs(a));
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_max_epi32(acc[0], bits[0]), _mm256_max_epi32(acc[1], bits[1])] }
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::I) -> i32 {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let eight = _mm256_max_epi32(a[0], a[1]);
+            let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+            let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+            _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn table(self, entries: &[f32; LANES]) -> Self::Table {
+        self.load(entries)
+    }
+    #[inline(always)]
+    fn scale_table(self, table: Self::Table, scale: f32) -> Self::Table {
+        self.mul(table, self.splat(scale))
+    }
+    #[inline(always)]
+    fn lookup(self, table: Self::Table, index: Self::I) -> Self::F {
+        // SAFETY: `self` proves AVX2. `vpermps` reads three bits of each index; bit 3, moved to the
+        // sign, chooses the half.
+        unsafe {
+            index.map(|i| {
+                let low = _mm256_permutevar8x32_ps(table[0], i);
+                let high = _mm256_permutevar8x32_ps(table[1], i);
+                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i)))
+            })
+        }
+    }
+    #[inline(always)]
+    fn nibbles(self, src: &[u8; 8]) -> Self::I {
+        let (low, high) = src.split_at(4);
+        [low, high].map(|four| {
+            let four = i32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+            // SAFETY: `self` proves AVX2.
+            unsafe {
+                let bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+                _mm256_or_si256(_mm256_srli_epi64::<4>(bytes), _mm256_slli_epi64::<32>(bytes))
+            }
+        })
+    }
+    #[inline(always)]
+    fn nibbles_split(self, src: &[u8; LANES]) -> (Self::I, Self::I) {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
+        unsafe {
+            let bytes = [0, 8].map(|i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast())));
+            (bytes.map(|b| _mm256_srli_epi32::<4>(b)), bytes)
+        }
+    }
+    #[inline(always)]
+    fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
+        // SAFETY: `self` proves AVX2.
+        let [low, high] = codes.map(|c| unsafe {
+            let joined = _mm256_or_si256(_mm256_slli_epi64::<4>(c), _mm256_srli_epi64::<32>(c));
+            // The wanted bytes are the lowest of each 64-bit lane: 0 and 8 of each half.
+            let pick = _mm256_setr_epi8(
+                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
+                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+            );
+            let picked = _mm256_shuffle_epi8(joined, pick);
+            let first = _mm256_extract_epi16::<0>(picked) as u16;
+            let second = _mm256_extract_epi16::<8>(picked) as u16;
+            u32::from(first) | (u32::from(second) << 16)
+        });
+        (u64::from(low) | (u64::from(high) << 32)).to_le_bytes()
+    }
+}

@@ -1,0 +1,205 @@
+//! AVX-512 F, BW, DQ and VL: one 512-bit register holds the sixteen lanes.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Isa, LANES};
+
+/// Proof that this machine has AVX-512 F, BW, DQ, VL, AVX2, FMA and F16C.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// The proof, if the machine has the instructions.
+    pub fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+}
+
+const ROUND_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+impl Isa for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    type Table = __m512;
+
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn enabled<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        // SAFETY: `self` exists only if `detect` found every feature that `enabled` asks for.
+        unsafe { enabled(work) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    fn load(self, src: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 64 readable bytes, and the load is unaligned.
+        unsafe { _mm512_loadu_ps(src.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, value: __m512, dst: &mut [f32; LANES]) {
+        // SAFETY: `self` proves AVX-512F; `dst` is 64 writable bytes, and the store is unaligned.
+        unsafe { _mm512_storeu_ps(dst.as_mut_ptr(), value) }
+    }
+    #[inline(always)]
+    fn load_f16(self, src: &[f16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 32 readable bytes, and the load is unaligned.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(src.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_f16(self, value: __m512, dst: &mut [f16; LANES]) {
+        // SAFETY: `self` proves AVX-512F; `dst` is 32 writable bytes, and the store is unaligned.
+        unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm512_cvtps_ph::<ROUND_NEAREST>(value)) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 32 readable bytes, and the load is unaligned.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(src.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, value: __m512, dst: &mut [bf16; LANES]) {
+        // SAFETY: `self` proves AVX-512F; `dst` is 32 writable bytes, and the store is unaligned.
+        unsafe {
+            let bits = _mm512_castps_si512(value);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
+            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen));
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), half);
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, src: &[i8; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 16 readable bytes, and the load is unaligned.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(src.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_abs_ps(a) }
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves AVX-512 F and DQ.
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
+    #[inline(always)]
+    fn zero_i(self) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn to_bits(self, a: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_castps_si512(a) }
+    }
+    #[inline(always)]
+    fn gt_bit(self, a: __m512, b: __m512, bit: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), bit) }
+    }
+    #[inline(always)]
+    fn max_abs_bits(self, acc: __m512i, a: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_max_epi32(acc, _mm512_castps_si512(_mm512_abs_ps(a))) }
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: __m512i) -> i32 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_reduce_max_epi32(a) }
+    }
+
+    #[inline(always)]
+    fn table(self, entries: &[f32; LANES]) -> __m512 {
+        self.load(entries)
+    }
+    #[inline(always)]
+    fn scale_table(self, table: __m512, scale: f32) -> __m512 {
+        self.mul(table, self.splat(scale))
+    }
+    #[inline(always)]
+    fn lookup(self, table: __m512, index: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512F. `vpermps` reads the lowest four bits of each index.
+        unsafe { _mm512_permutexvar_ps(index, table) }
+    }
+    #[inline(always)]
+    fn nibbles(self, src: &[u8; 8]) -> __m512i {
+        // SAFETY: `self` proves AVX-512F; `src` is 8 readable bytes, all that the load reads.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(src.as_ptr().cast()));
+            // Low dword of each pair: byte >> 4. High dword: the byte itself, of which four bits count.
+            _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes))
+        }
+    }
+    #[inline(always)]
+    fn nibbles_split(self, src: &[u8; LANES]) -> (__m512i, __m512i) {
+        // SAFETY: `self` proves AVX-512F; `src` is 16 readable bytes, and the load is unaligned.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(src.as_ptr().cast()));
+            (_mm512_srli_epi32::<4>(bytes), bytes)
+        }
+    }
+    #[inline(always)]
+    fn pack_nibbles(self, codes: __m512i) -> [u8; 8] {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe {
+            let joined = _mm512_or_si512(_mm512_slli_epi64::<4>(codes), _mm512_srli_epi64::<32>(codes));
+            _mm_cvtsi128_si64(_mm512_cvtepi64_epi8(joined)).to_le_bytes()
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The instruction sets behind one trait of primitives.
+//!
+//! Algorithms are written once over [`Isa`], with sixteen logical float32 lanes on every machine:
+//! one AVX-512 register, two AVX2 registers, or an array. Because the lane structure is the same
+//! everywhere and every multiply-add is fused everywhere, all instruction sets give the same bits.
+//!
+//! A value of a type that implements [`Isa`] is the proof that this machine has the instructions:
+//! only the type's `detect` makes one.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+use std::fmt::Debug;
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+use crate::{Error, Result};
+
+/// Logical float32 lanes of [`Isa::F`], on every instruction set.
+pub const LANES: usize = 16;
+
+/// Primitives on sixteen lanes. Every method is inlined into the closure given to [`Isa::vectorize`].
+pub trait Isa: Copy + Send + Sync + Debug + 'static {
+    /// Sixteen float32.
+    type F: Copy;
+    /// Sixteen int32.
+    type I: Copy;
+    /// A table of sixteen 32-bit entries, held in registers.
+    type Table: Copy;
+
+    /// Whether there are 32 vector registers of 16 lanes, which decides the size of the GEMM tile.
+    const WIDE: bool;
+
+    /// Runs `work` with the instruction set enabled in the code generator.
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R;
+
+    /// All lanes `value`.
+    fn splat(self, value: f32) -> Self::F;
+    /// Sixteen float32.
+    fn load(self, src: &[f32; LANES]) -> Self::F;
+    /// Sixteen float32.
+    fn store(self, value: Self::F, dst: &mut [f32; LANES]);
+    /// Sixteen float16, widened.
+    fn load_f16(self, src: &[f16; LANES]) -> Self::F;
+    /// Rounded to nearest, ties to even.
+    fn store_f16(self, value: Self::F, dst: &mut [f16; LANES]);
+    /// Sixteen bfloat16, widened.
+    fn load_bf16(self, src: &[bf16; LANES]) -> Self::F;
+    /// Rounded to nearest, ties to even; NaN stays NaN.
+    fn store_bf16(self, value: Self::F, dst: &mut [bf16; LANES]);
+    /// Sixteen int8, as float32.
+    fn load_i8(self, src: &[i8; LANES]) -> Self::F;
+
+    /// `a + b`
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b`
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `|a|`
+    fn abs(self, a: Self::F) -> Self::F;
+    /// Sum of the lanes, by halving: lane i with lane i+8, then i+4, i+2, i+1.
+    fn reduce_sum(self, a: Self::F) -> f32;
+
+    /// All lanes 0.
+    fn zero_i(self) -> Self::I;
+    /// `a | b`
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The lanes' bits.
+    fn to_bits(self, a: Self::F) -> Self::I;
+    /// `bit` in lanes where `a > b`, else 0.
+    fn gt_bit(self, a: Self::F, b: Self::F, bit: i32) -> Self::I;
+    /// Lane-wise maximum of `acc` and the bits of `|a|`. Bits of magnitudes order as the magnitudes
+    /// do, infinity above every finite number and NaN above infinity.
+    fn max_abs_bits(self, acc: Self::I, a: Self::F) -> Self::I;
+    /// The largest lane.
+    fn reduce_max(self, a: Self::I) -> i32;
+
+    /// Loads a table.
+    fn table(self, entries: &[f32; LANES]) -> Self::Table;
+    /// Every entry times `scale`.
+    fn scale_table(self, table: Self::Table, scale: f32) -> Self::Table;
+    /// `table[index mod 16]` per lane.
+    fn lookup(self, table: Self::Table, index: Self::I) -> Self::F;
+    /// The sixteen nibbles of eight bytes in storage order (high nibble first). Bits above the lowest
+    /// four of a lane are undefined.
+    fn nibbles(self, src: &[u8; 8]) -> Self::I;
+    /// The high nibbles of sixteen bytes, and the low ones. Bits above the lowest four are undefined.
+    fn nibbles_split(self, src: &[u8; LANES]) -> (Self::I, Self::I);
+    /// Packs sixteen codes below 16 into eight bytes, high nibble first: the inverse of [`Isa::nibbles`].
+    fn pack_nibbles(self, codes: Self::I) -> [u8; 8];
+
+    /// Number of the table's first fifteen entries that are below each lane, for an ascending table
+    /// whose last entry is infinite: four halvings.
+    #[inline(always)]
+    fn rank(self, table: Self::Table, entries: &[f32; LANES], value: Self::F) -> Self::I {
+        let mut rank = self.gt_bit(value, self.splat(entries[7]), 8);
+        for half in [4_i32, 2, 1] {
+            // The probe is entry rank + half - 1; rank is a multiple of 2·half, so adding is or-ing.
+            let probe = self.or(rank, self.splat_i(half - 1));
+            rank = self.or(rank, self.gt_bit(value, self.lookup(table, probe), half));
+        }
+        rank
+    }
+
+    /// All lanes `value`.
+    fn splat_i(self, value: i32) -> Self::I;
+}
+
+/// Work that is generic over the instruction set: a struct of its inputs with one `eval`.
+pub trait Op {
+    /// What `eval` returns.
+    type Output;
+    /// Does the work with `isa`. The instructions are enabled inside [`Isa::vectorize`] only.
+    fn eval<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+/// An instruction set that this machine was found to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IsaKind {
+    /// Plain Rust, any machine.
+    Scalar(scalar::Scalar),
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    /// AVX-512 F, BW, DQ and VL, beside what AVX2 asks for.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+}
+
+impl IsaKind {
+    /// Every instruction set of this machine, the plainest first.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut found = vec![Self::Scalar(scalar::Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(avx2::Avx2::detect().map(Self::Avx2));
+            found.extend(avx512::Avx512::detect().map(Self::Avx512));
+        }
+        found
+    }
+
+    /// `"scalar"`, `"avx2"` or `"avx512"`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar(_) => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
+        }
+    }
+
+    /// The best of [`IsaKind::available`], or the one that the environment variable `FERROLORA_ISA`
+    /// names. Looked up once per process.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] if the variable names no instruction set of this machine.
+    pub fn detect() -> Result<Self> {
+        static CHOSEN: OnceLock<Result<IsaKind>> = OnceLock::new();
+        CHOSEN
+            .get_or_init(|| {
+                let forced = std::env::var("FERROLORA_ISA").ok();
+                Self::choose(forced.as_deref())
+            })
+            .clone()
+    }
+
+    fn choose(forced: Option<&str>) -> Result<Self> {
+        let available = Self::available();
+        match forced {
+            None | Some("") => Ok(available[available.len() - 1]),
+            Some(name) => available.iter().copied().find(|kind| kind.name() == name).ok_or_else(|| Error::Unknown {
+                what: "FERROLORA_ISA",
+                allowed: "the instruction sets of this machine (scalar, and where present avx2, avx512)",
+                got: name.to_owned(),
+            }),
+        }
+    }
+
+    /// Evaluates `op` on this instruction set.
+    pub fn run<O: Op>(self, op: O) -> O::Output {
+        match self {
+            Self::Scalar(isa) => op.eval(isa),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(isa) => op.eval(isa),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(isa) => op.eval(isa),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

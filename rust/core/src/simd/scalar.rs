@@ -1,0 +1,134 @@
+//! Plain Rust: the instruction set of every machine, and the meaning of each primitive.
+
+use std::array::from_fn;
+
+use half::{bf16, f16};
+
+use super::{Isa, LANES};
+
+/// No special instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scalar;
+
+impl Isa for Scalar {
+    type F = [f32; LANES];
+    type I = [i32; LANES];
+    type Table = [f32; LANES];
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn load(self, src: &[f32; LANES]) -> Self::F {
+        *src
+    }
+    #[inline(always)]
+    fn store(self, value: Self::F, dst: &mut [f32; LANES]) {
+        *dst = value;
+    }
+    #[inline(always)]
+    fn load_f16(self, src: &[f16; LANES]) -> Self::F {
+        src.map(f16::to_f32)
+    }
+    #[inline(always)]
+    fn store_f16(self, value: Self::F, dst: &mut [f16; LANES]) {
+        *dst = value.map(f16::from_f32);
+    }
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16; LANES]) -> Self::F {
+        src.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    fn store_bf16(self, value: Self::F, dst: &mut [bf16; LANES]) {
+        *dst = value.map(bf16::from_f32);
+    }
+    #[inline(always)]
+    fn load_i8(self, src: &[i8; LANES]) -> Self::F {
+        src.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: Self::F) -> f32 {
+        let b: [f32; 8] = from_fn(|i| a[i] + a[i + 8]);
+        let c: [f32; 4] = from_fn(|i| b[i] + b[i + 4]);
+        (c[0] + c[2]) + (c[1] + c[3])
+    }
+
+    #[inline(always)]
+    fn zero_i(self) -> Self::I {
+        [0; LANES]
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn to_bits(self, a: Self::F) -> Self::I {
+        a.map(|v| v.to_bits().cast_signed())
+    }
+    #[inline(always)]
+    fn gt_bit(self, a: Self::F, b: Self::F, bit: i32) -> Self::I {
+        from_fn(|i| if a[i] > b[i] { bit } else { 0 })
+    }
+    #[inline(always)]
+    fn max_abs_bits(self, acc: Self::I, a: Self::F) -> Self::I {
+        from_fn(|i| acc[i].max(a[i].abs().to_bits().cast_signed()))
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::I) -> i32 {
+        a.into_iter().fold(a[0], i32::max)
+    }
+
+    #[inline(always)]
+    fn table(self, entries: &[f32; LANES]) -> Self::Table {
+        *entries
+    }
+    #[inline(always)]
+    fn scale_table(self, table: Self::Table, scale: f32) -> Self::Table {
+        table.map(|v| v * scale)
+    }
+    #[inline(always)]
+    fn lookup(self, table: Self::Table, index: Self::I) -> Self::F {
+        index.map(|i| table[(i & 15) as usize])
+    }
+    #[inline(always)]
+    fn nibbles(self, src: &[u8; 8]) -> Self::I {
+        from_fn(|i| i32::from(if i % 2 == 0 { src[i / 2] >> 4 } else { src[i / 2] & 15 }))
+    }
+    #[inline(always)]
+    fn nibbles_split(self, src: &[u8; LANES]) -> (Self::I, Self::I) {
+        (src.map(|b| i32::from(b >> 4)), src.map(|b| i32::from(b & 15)))
+    }
+    #[inline(always)]
+    fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
+        from_fn(|i| ((codes[2 * i] << 4) | codes[2 * i + 1]) as u8)
+    }
+}

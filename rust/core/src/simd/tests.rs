@@ -1,0 +1,134 @@
+//! Every primitive of every instruction set against the scalar definition, bit for bit.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use super::{Isa, IsaKind, LANES, Op, scalar::Scalar};
+
+/// All primitives applied to one set of inputs; the outputs as bits.
+struct Everything {
+    a: [f32; LANES],
+    b: [f32; LANES],
+    bytes: [u8; LANES],
+}
+
+impl Op for Everything {
+    type Output = Vec<u32>;
+
+    fn eval<I: Isa>(self, isa: I) -> Vec<u32> {
+        isa.vectorize(|| {
+            let mut out = Vec::new();
+            let mut buffer = [0.0_f32; LANES];
+            let (a, b) = (isa.load(&self.a), isa.load(&self.b));
+            let table = isa.table(&self.b);
+            let (even, odd) = isa.nibbles_split(&self.bytes);
+            let first: &[u8; 8] = self.bytes.first_chunk().expect("16 bytes");
+            let mut thresholds = self.b.map(|v| if v.is_nan() { 0.0 } else { v });
+            thresholds.sort_by(f32::total_cmp);
+            thresholds[15] = f32::INFINITY;
+            let rank = isa.rank(isa.table(&thresholds), &thresholds, a);
+            for value in [
+                isa.add(a, b),
+                isa.mul(a, b),
+                isa.fma(a, b, a),
+                isa.abs(a),
+                isa.splat(self.a[3]),
+                isa.lookup(table, isa.nibbles(first)),
+                isa.lookup(isa.scale_table(table, self.a[0]), even),
+                isa.lookup(table, odd),
+                isa.lookup(table, isa.gt_bit(a, b, 5)),
+                isa.lookup(table, isa.or(isa.gt_bit(b, a, 8), isa.splat_i(3))),
+                isa.lookup(table, isa.zero_i()),
+                isa.lookup(table, rank),
+                isa.load_i8(&self.bytes.map(u8::cast_signed)),
+            ] {
+                isa.store(value, &mut buffer);
+                out.extend(buffer.map(f32::to_bits));
+            }
+            let mut halves = [f16::ZERO; LANES];
+            isa.store_f16(a, &mut halves);
+            out.extend(halves.map(|v| u32::from(v.to_bits())));
+            isa.store(isa.load_f16(&halves), &mut buffer);
+            out.extend(buffer.map(f32::to_bits));
+            let mut brains = [bf16::ZERO; LANES];
+            isa.store_bf16(a, &mut brains);
+            out.extend(brains.map(|v| u32::from(v.to_bits())));
+            isa.store(isa.load_bf16(&brains), &mut buffer);
+            out.extend(buffer.map(f32::to_bits));
+            out.extend(isa.pack_nibbles(rank).map(u32::from));
+            out.push(isa.reduce_sum(a).to_bits());
+            let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
+            out.push(largest.cast_unsigned());
+            out
+        })
+    }
+}
+
+fn canonical(bits: Vec<u32>) -> Vec<u32> {
+    // Which NaN an operation returns is not part of any primitive's meaning.
+    bits.into_iter().map(|b| if f32::from_bits(b).is_nan() { 0x7fc0_0000 } else { b }).collect()
+}
+
+fn lanes() -> impl Strategy<Value = [f32; LANES]> {
+    prop::array::uniform16(prop_oneof![
+        4 => -2.0_f32..2.0,
+        2 => any::<f32>().prop_filter("a 16-bit NaN's payload is not compared", |v| !v.is_nan()),
+        1 => Just(0.0_f32),
+        1 => Just(-0.0_f32),
+    ])
+}
+
+proptest! {
+    #[test]
+    fn every_instruction_set_agrees_with_the_scalar_definition(
+        a in lanes(), b in lanes(), bytes in prop::array::uniform16(any::<u8>())
+    ) {
+        let expected = canonical(Everything { a, b, bytes }.eval(Scalar));
+        for kind in IsaKind::available() {
+            prop_assert_eq!(&canonical(kind.run(Everything { a, b, bytes })), &expected, "{}", kind.name());
+        }
+    }
+}
+
+#[test]
+fn rank_counts_the_entries_below() {
+    let mut entries: [f32; LANES] = std::array::from_fn(|i| i as f32);
+    entries[15] = f32::INFINITY;
+    let values: [f32; LANES] = std::array::from_fn(|i| i as f32 * 1.1 - 0.5);
+    let ranks = Scalar.rank(Scalar.table(&entries), &entries, values);
+    for (value, rank) in values.into_iter().zip(ranks) {
+        let expected = entries[..15].iter().filter(|e| **e < value).count();
+        assert_eq!(rank, i32::try_from(expected).expect("small"));
+    }
+}
+
+#[test]
+fn an_unknown_instruction_set_is_refused_by_name() {
+    let error = IsaKind::choose(Some("sse9")).expect_err("no such set");
+    assert!(error.to_string().contains("sse9"), "{error}");
+    assert_eq!(IsaKind::choose(Some("scalar")).expect("always there").name(), "scalar");
+}
+
+struct NotANumber;
+
+impl Op for NotANumber {
+    type Output = (bool, bool);
+
+    fn eval<I: Isa>(self, isa: I) -> (bool, bool) {
+        isa.vectorize(|| {
+            let (mut brains, mut halves) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
+            // All payload bits set: adding the rounding constant alone would wrap it to a number.
+            let nan = isa.splat(f32::from_bits(0x7fff_ffff));
+            isa.store_bf16(nan, &mut brains);
+            isa.store_f16(nan, &mut halves);
+            (brains.iter().all(|v| v.is_nan()), halves.iter().all(|v| v.is_nan()))
+        })
+    }
+}
+
+#[test]
+fn nan_stays_nan_in_sixteen_bits() {
+    for kind in IsaKind::available() {
+        assert_eq!(kind.run(NotANumber), (true, true), "{}", kind.name());
+    }
+}

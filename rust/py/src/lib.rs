@@ -1,0 +1,20 @@
+//! The module `ferrolora._native`.
+//!
+//! Every function does four things: converts its arguments, releases the interpreter, calls the core,
+//! and maps the error. Outputs are tensors that the caller allocated.
+
+mod buffer;
+mod error;
+mod info;
+mod linear;
+mod quantize;
+
+use pyo3::prelude::*;
+
+/// Kernels of ferrolora on CPU tensors.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    info::register(module)?;
+    quantize::register(module)?;
+    linear::register(module)
+}

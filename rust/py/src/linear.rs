@@ -1,0 +1,255 @@
+//! The fused linear: forward and backward, with and without the low-rank branch.
+
+use ferrolora_core::codec::spec::Packed;
+use ferrolora_core::dtype::{Floats, FloatsMut};
+use ferrolora_core::linear::dropout::dropout_mask as core_dropout_mask;
+use ferrolora_core::linear::{self as core, Dropout, Gradients, LoraGradients, LowRank, Weight};
+use ferrolora_core::{Exec, Result};
+use pyo3::prelude::*;
+
+use crate::buffer::Buffer;
+use crate::error::detached;
+use crate::quantize::{StoredScales, spec};
+
+type Tensor<'py> = Bound<'py, PyAny>;
+
+/// A quantized weight as Python passes it.
+struct StoredWeight<'py> {
+    codes: Buffer<'py>,
+    scales: StoredScales<'py>,
+    quant_type: String,
+    block_size: usize,
+    n: usize,
+    k: usize,
+}
+
+/// Calls `work` with the weight, outside the interpreter.
+macro_rules! with_weight {
+    ($py:expr, $stored:expr, $weight:ident => $work:expr) => {{
+        let (stored, py) = (&$stored, $py);
+        let (n, k) = (stored.n, stored.k);
+        if stored.quant_type == "int8" {
+            let (codes, scb) = (stored.codes.i8(py)?, stored.scales.plain(py)?);
+            detached(py, || {
+                let $weight = Weight::int8(codes, scb, n, k)?;
+                $work
+            })
+        } else {
+            let (codes, scales) = (stored.codes.u8(py)?, stored.scales.get(py)?);
+            let (quant_type, block_size) = (stored.quant_type.as_str(), stored.block_size);
+            detached(py, || {
+                let packed = Packed::new(codes, scales, spec(quant_type, block_size)?, n * k)?;
+                let $weight = Weight::four_bit(packed, n, k)?;
+                $work
+            })
+        }
+    }};
+}
+
+/// Rows of `numel` elements in rows of `cols`.
+fn rows(numel: usize, cols: usize) -> usize {
+    numel.checked_div(cols).unwrap_or(0)
+}
+
+/// Rank of `lora_a [r, K]` and `lora_b [N, r]`, whichever side has elements.
+fn rank(lora_a: &Floats<'_>, lora_b: &Floats<'_>, n: usize, k: usize) -> usize {
+    if k > 0 { lora_a.len() / k } else { rows(lora_b.len(), n) }
+}
+
+/// Writes `y = x·deq(W)ᵀ + bias`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn linear<'py>(
+    py: Python<'py>,
+    x: Tensor<'py>,
+    codes: Tensor<'py>,
+    absmax: Tensor<'py>,
+    nested_absmax: Option<Tensor<'py>>,
+    offset: f32,
+    quant_type: String,
+    block_size: usize,
+    n: usize,
+    k: usize,
+    bias: Option<Tensor<'py>>,
+    y: Tensor<'py>,
+    threads: usize,
+) -> PyResult<()> {
+    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
+    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let (x, mut y) = (Buffer::new(x, "x")?, Buffer::new(y, "y")?);
+    let bias = bias.map(|t| Buffer::new(t, "bias")).transpose()?;
+    let (x, y) = (x.floats(py)?, y.floats_mut(py)?);
+    let bias = bias.as_ref().map(|b| b.floats(py)).transpose()?;
+    let m = if k > 0 { rows(x.len(), k) } else { rows(y.len(), n) };
+    with_weight!(py, weight, weight => core::forward(&Exec::new(threads)?, m, x, &weight, bias, None, y, None))
+}
+
+/// Writes `S = drop(x)·Aᵀ` and `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn linear_lora<'py>(
+    py: Python<'py>,
+    x: Tensor<'py>,
+    codes: Tensor<'py>,
+    absmax: Tensor<'py>,
+    nested_absmax: Option<Tensor<'py>>,
+    offset: f32,
+    quant_type: String,
+    block_size: usize,
+    n: usize,
+    k: usize,
+    bias: Option<Tensor<'py>>,
+    lora_a: Tensor<'py>,
+    lora_b: Tensor<'py>,
+    scaling: f32,
+    dropout_p: f32,
+    seed: i64,
+    y: Tensor<'py>,
+    s: Tensor<'py>,
+    threads: usize,
+) -> PyResult<()> {
+    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
+    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let (x, mut y, mut s) = (Buffer::new(x, "x")?, Buffer::new(y, "y")?, Buffer::new(s, "s")?);
+    let (lora_a, lora_b) = (Buffer::new(lora_a, "lora_A")?, Buffer::new(lora_b, "lora_B")?);
+    let bias = bias.map(|t| Buffer::new(t, "bias")).transpose()?;
+    let (x, y, s) = (x.floats(py)?, y.floats_mut(py)?, s.floats_mut(py)?);
+    let (lora_a, lora_b) = (lora_a.floats(py)?, lora_b.floats(py)?);
+    let bias = bias.as_ref().map(|b| b.floats(py)).transpose()?;
+    let m = if k > 0 { rows(x.len(), k) } else { rows(y.len(), n) };
+    with_weight!(py, weight, weight => {
+        let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
+        let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
+        core::forward(&Exec::new(threads)?, m, x, &weight, bias, Some(&lora), y, Some(s))
+    })
+}
+
+/// Writes `dx = dy·deq(W)`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn linear_backward<'py>(
+    py: Python<'py>,
+    dy: Tensor<'py>,
+    codes: Tensor<'py>,
+    absmax: Tensor<'py>,
+    nested_absmax: Option<Tensor<'py>>,
+    offset: f32,
+    quant_type: String,
+    block_size: usize,
+    n: usize,
+    k: usize,
+    dx: Tensor<'py>,
+    threads: usize,
+) -> PyResult<()> {
+    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
+    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let (dy, mut dx) = (Buffer::new(dy, "dy")?, Buffer::new(dx, "dx")?);
+    let (dy, dx) = (dy.floats(py)?, dx.floats_mut(py)?);
+    let m = if n > 0 { rows(dy.len(), n) } else { rows(dx.len(), k) };
+    with_weight!(py, weight, weight => {
+        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx: Some(dx), lora: None })
+    })
+}
+
+/// A gradient computed in float32 and written in the type of its tensor.
+struct Gradient<'a> {
+    out: FloatsMut<'a>,
+    wide: Vec<f32>,
+}
+
+impl<'a> Gradient<'a> {
+    fn new(out: FloatsMut<'a>) -> Self {
+        let wide = if matches!(out, FloatsMut::F32(_)) { Vec::new() } else { vec![0.0; out.len()] };
+        Self { out, wide }
+    }
+
+    fn target(&mut self) -> &mut [f32] {
+        match &mut self.out {
+            FloatsMut::F32(out) => out,
+            _ => &mut self.wide,
+        }
+    }
+
+    fn finish(self) {
+        match self.out {
+            FloatsMut::F32(_) => {}
+            FloatsMut::F16(out) => out.iter_mut().zip(self.wide).for_each(|(o, v)| *o = half::f16::from_f32(v)),
+            FloatsMut::Bf16(out) => out.iter_mut().zip(self.wide).for_each(|(o, v)| *o = half::bf16::from_f32(v)),
+        }
+    }
+}
+
+/// Writes what is not None of dx, `da [r, K]` and `db [N, r]`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn linear_lora_backward<'py>(
+    py: Python<'py>,
+    dy: Tensor<'py>,
+    x: Tensor<'py>,
+    s: Tensor<'py>,
+    codes: Tensor<'py>,
+    absmax: Tensor<'py>,
+    nested_absmax: Option<Tensor<'py>>,
+    offset: f32,
+    quant_type: String,
+    block_size: usize,
+    n: usize,
+    k: usize,
+    lora_a: Tensor<'py>,
+    lora_b: Tensor<'py>,
+    scaling: f32,
+    dropout_p: f32,
+    seed: i64,
+    dx: Option<Tensor<'py>>,
+    da: Option<Tensor<'py>>,
+    db: Option<Tensor<'py>>,
+    threads: usize,
+) -> PyResult<()> {
+    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
+    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let (dy, x, s) = (Buffer::new(dy, "dy")?, Buffer::new(x, "x")?, Buffer::new(s, "s")?);
+    let (lora_a, lora_b) = (Buffer::new(lora_a, "lora_A")?, Buffer::new(lora_b, "lora_B")?);
+    let mut dx = dx.map(|t| Buffer::new(t, "dx")).transpose()?;
+    let mut da = da.map(|t| Buffer::new(t, "da")).transpose()?;
+    let mut db = db.map(|t| Buffer::new(t, "db")).transpose()?;
+    let (dy, x, s) = (dy.floats(py)?, x.floats(py)?, s.floats(py)?);
+    let (lora_a, lora_b) = (lora_a.floats(py)?, lora_b.floats(py)?);
+    let dx = dx.as_mut().map(|b| b.floats_mut(py)).transpose()?;
+    let da = da.as_mut().map(|b| b.floats_mut(py)).transpose()?;
+    let db = db.as_mut().map(|b| b.floats_mut(py)).transpose()?;
+    let m = if n > 0 { rows(dy.len(), n) } else { rows(x.len(), k) };
+    with_weight!(py, weight, weight => {
+        let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
+        let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
+        let (mut da, mut db) = (da.map(Gradient::new), db.map(Gradient::new));
+        let branch = LoraGradients {
+            lora: &lora,
+            x,
+            s,
+            da: da.as_mut().map(Gradient::target),
+            db: db.as_mut().map(Gradient::target),
+        };
+        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx, lora: Some(branch) })?;
+        da.into_iter().chain(db).for_each(Gradient::finish);
+        Ok(())
+    })
+}
+
+/// Writes the mask that the kernels multiply a `[rows, cols]` input by: 0 or 1 / (1 - p).
+#[pyfunction]
+fn dropout_mask<'py>(py: Python<'py>, seed: i64, rows: usize, cols: usize, p: f32, out: Tensor<'py>) -> PyResult<()> {
+    let mut out = Buffer::new(out, "out")?;
+    let out = out.f32_mut(py)?;
+    let mask = || -> Result<()> {
+        core_dropout_mask(&Exec::new(1)?, Dropout::new(p, seed.cast_unsigned())?, (rows, cols), out)
+    };
+    detached(py, mask)
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(linear, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_lora, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_lora_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(dropout_mask, module)?)
+}
