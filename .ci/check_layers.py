@@ -9,6 +9,7 @@ Python: every import of every file of the package is read, those inside function
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,9 @@ THIRD_PARTY = {
 
 # Crates a Rust layer must never reach, however indirectly.
 FORBIDDEN_CRATES = {"ferrolora-core": ("pyo3", "numpy", "cudarc", "ferrolora-py", "ferrolora-cuda")}
+
+# The only places that may switch the lint `unsafe_code` off; a path that ends in "/" stands for all below it.
+UNSAFE_HOMES = ("rust/core/src/simd/", "rust/py/src/buffer.rs")
 
 
 def layer_of(path: Path) -> str:
@@ -140,7 +144,7 @@ def judge(layer: str, found: Import) -> str:
 
 
 def rust_errors() -> Iterator[str]:
-    """One message for each crate that a Rust layer reaches and must not."""
+    """One message for each crate that a Rust layer reaches and must not, and each new home of `unsafe`."""
     for crate, forbidden in FORBIDDEN_CRATES.items():
         command = [
             "cargo",
@@ -157,6 +161,10 @@ def rust_errors() -> Iterator[str]:
         listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         reached = {line.split()[0] for line in listing.splitlines() if line}
         yield from (f"{crate} reaches the crate {name}" for name in sorted(reached.intersection(forbidden)))
+    for path in sorted(ROOT.glob("rust/*/src/**/*.rs")):
+        place = path.relative_to(ROOT).as_posix()
+        if re.search(r"(allow|expect)\([^)]*\bunsafe_code\b", path.read_text()) and not place.startswith(UNSAFE_HOMES):
+            yield f"{place}: allows unsafe_code; only {' and '.join(UNSAFE_HOMES)} may"
 
 
 def main() -> int:
