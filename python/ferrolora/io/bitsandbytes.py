@@ -1,4 +1,7 @@
-"""Layers to and from bitsandbytes' own form. The bytes are the same, so nothing is decoded; it need not be installed."""
+"""Layers to and from bitsandbytes' own form.
+
+The bytes are the same, so nothing is decoded or quantized again; bitsandbytes itself need not be installed.
+"""
 
 from collections.abc import Mapping
 

@@ -151,7 +151,8 @@ def _number(offset: Tensor) -> float:
 
 
 def _table(name: str) -> Tensor:
-    return torch.tensor(_native.codebook(name), dtype=torch.float32)
+    # + 0.0 makes 0.0 of fp4's -0.0, as it stands in bitsandbytes' files
+    return torch.tensor(_native.codebook(name), dtype=torch.float32) + 0.0
 
 
 def _check_table(state: Mapping[str, Tensor], key: str, name: str) -> None:

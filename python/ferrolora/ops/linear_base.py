@@ -98,7 +98,7 @@ def _cpu_backward(
 
 
 def bias_gradient(dy: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """db = Σ dY over all rows, summed in float32; [N]."""
+    """db = Σ dY over all rows, summed in float32; [N]. dY contiguous: the order of sums follows the strides."""
     return dy.reshape(-1, n).sum(0, dtype=torch.float32).to(dtype)
 
 
@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (dy,) = grads
+        dy = grads[0].contiguous()
         dx = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.ferrolora.linear_backward(dy, *ctx.saved_tensors, *ctx.problem)

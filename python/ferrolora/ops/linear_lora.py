@@ -171,7 +171,7 @@ class _LinearLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dy = grads[0]
+        dy = grads[0].contiguous()
         x, s, *weight, lora_a, lora_b, seed = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 10, 11)]
         out: list[Tensor | None] = [None, None, None]
