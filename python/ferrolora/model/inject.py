@@ -82,7 +82,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         (parent, name)
         for parent in model.modules()
         if parent is not new
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()  # named_children() gives a shared module once
         if child is old
     ]
     for parent, name in places:

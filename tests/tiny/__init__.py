@@ -1,0 +1,1 @@
+"""Transformers models of a few thousand random parameters, built from configurations."""
