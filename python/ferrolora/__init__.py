@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ferrolora.errors import TargetError as TargetError
     from ferrolora.errors import UnsupportedError as UnsupportedError
     from ferrolora.integrations.transformers import FerroloraConfig as FerroloraConfig
-    from ferrolora.model.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
-    from ferrolora.model.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
     from ferrolora.model.auto import AutoPeftModel as AutoPeftModel
     from ferrolora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from ferrolora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
     from ferrolora.model.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
     from ferrolora.model.peft_model import get_peft_model as get_peft_model
     from ferrolora.model.quantize import quantize_model as quantize_model
+    from ferrolora.model.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+    from ferrolora.model.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
     from ferrolora.ops.dequantize import dequantize as dequantize
     from ferrolora.ops.linear import LowRank as LowRank
     from ferrolora.ops.linear import linear as linear

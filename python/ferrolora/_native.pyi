@@ -86,8 +86,8 @@ def linear_backward(
 ) -> None: ...
 def linear_lora_backward(
     dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
+    x: Tensor,
+    s: Tensor,
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,

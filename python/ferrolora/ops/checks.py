@@ -17,7 +17,7 @@ def require_float(op: str, what: str, dtype: torch.dtype) -> None:
 def require_cpu(op: str, x: Tensor, codec: tuple[str, int], **others: Tensor | None) -> None:
     """Raise UnsupportedError, naming the whole problem, if a tensor is not on the CPU."""
     for what, tensor in (("input", x), *others.items()):
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             raise UnsupportedError(
                 f"{op}: no kernel for the {what} on {tensor.device} (input {list(x.shape)} {x.dtype}, "
                 f"quant_type {codec[0]}, block_size {codec[1]}); only cpu is supported: move it with .to('cpu')"

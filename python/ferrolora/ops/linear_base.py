@@ -11,6 +11,8 @@ from ferrolora.ops.checks import require_float, require_linear
 from ferrolora.ops.library import define, differentiate
 from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
 
+_COLUMNS = 64
+
 
 def _fake(
     x: Tensor,  # [..., K]
@@ -99,6 +101,9 @@ def _cpu_backward(
 
 def bias_gradient(dy: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """db = Σ dY over all rows, summed in float32; [N]. dY contiguous: the order of sums follows the strides."""
+    if n == 1:  # torch splits a sum to one value among threads, so its bits would depend on them; columns it does not
+        dy = torch.nn.functional.pad(dy.reshape(-1), (0, -dy.numel() % _COLUMNS))
+        return dy.view(-1, _COLUMNS).sum(0, dtype=torch.float32).sum(0, keepdim=True).to(dtype)
     return dy.reshape(-1, n).sum(0, dtype=torch.float32).to(dtype)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ferrolora import _native
+from ferrolora.errors import FerroloraError
 from ferrolora.ops import reference
 
 
@@ -14,7 +15,7 @@ def test_native_and_twin_hold_the_same_bits(name: str) -> None:
 
 
 def test_an_unknown_table_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="nf3"):
+    with pytest.raises(FerroloraError, match=r"nf4, fp4, dynamic8.*nf3"):
         _native.codebook("nf3")
 
 

@@ -82,17 +82,21 @@ impl<E: Element> Op for Row<'_, E> {
     type Output = bool;
 
     fn eval<I: Isa>(self, isa: I) -> bool {
-        isa.vectorize(|| {
-            let bits = absmax_bits(isa, self.src);
-            let absmax = f32::from_bits(bits.cast_unsigned());
-            *self.scb = absmax;
-            let factor = 127.0 / absmax;
-            for (code, value) in self.codes.iter_mut().zip(self.src) {
-                // The cast saturates, and makes 0 of the 0 · infinity of a zero row.
-                *code = (value.to_f32() * factor).round_ties_even() as i8;
-            }
-            bits < INFINITY_BITS
-        })
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let bits = absmax_bits(isa, self.src);
+                let absmax = f32::from_bits(bits.cast_unsigned());
+                *self.scb = absmax;
+                // In this order: it is what the writers of the format compute, and a tie of the rounding shows the difference.
+                let factor = (1.0 / absmax) * 127.0;
+                for (code, value) in self.codes.iter_mut().zip(self.src) {
+                    // Clamped for a row so small that the factor is infinite; the cast makes 0 of a zero row's 0 · infinity.
+                    *code = (value.to_f32() * factor).round_ties_even().clamp(-127.0, 127.0) as i8;
+                }
+                bits < INFINITY_BITS
+            },
+        )
     }
 }
 
@@ -126,13 +130,16 @@ impl<E: Element> Op for DecodeRow<'_, E> {
     fn eval<I: Isa>(self, isa: I) {
         /// Values decoded at a time, on the stack.
         const STEP: usize = 512;
-        isa.vectorize(|| {
-            let mut wide = [0.0_f32; STEP];
-            for (i, out) in self.out.chunks_mut(STEP).enumerate() {
-                let wide = &mut wide[..out.len()];
-                self.matrix.decode_row(isa, self.row, i * STEP, wide);
-                narrow(isa, wide, out);
-            }
-        });
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let mut wide = [0.0_f32; STEP];
+                for (i, out) in self.out.chunks_mut(STEP).enumerate() {
+                    let wide = &mut wide[..out.len()];
+                    self.matrix.decode_row(isa, self.row, i * STEP, wide);
+                    narrow(isa, wide, out);
+                }
+            },
+        );
     }
 }
