@@ -155,10 +155,13 @@ def double_dequantize(nested: Nested) -> Tensor:
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-wise int8 [N, K] and the row maxima float32 [N]; a zero row gives zeros."""
+    """Row-wise int8 [N, K] and the row maxima float32 [N]; a zero row gives zeros.
+
+    `x * ((1 / scale) * 127)`, rounded half to even: torch computes 127 / scale so, and it differs from a division.
+    """
     wide = x.float()
     scale = wide.abs().amax(dim=1)
-    factor = torch.where(scale > 0, 127.0 / scale, torch.zeros(()))
+    factor = torch.where(scale > 0, scale.reciprocal() * 127.0, torch.zeros(()))
     return torch.round(wide * factor.unsqueeze(1)).to(torch.int8), scale
 
 
