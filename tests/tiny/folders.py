@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJ.,?!:\n0123456789"
@@ -15,7 +15,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Characters to ids below 64; `<end>` is the end and padding token."""
     vocabulary = {token: i for i, token in enumerate(["<end>", "<unk>", *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
     made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
     made.chat_template = CHAT_TEMPLATE
     return made

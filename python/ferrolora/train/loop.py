@@ -117,13 +117,14 @@ def fit(
     Raises:
         FormatError: `resume` without a checkpoint.
     """
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
     from ferrolora.train.callbacks import ProgressReport
+    from ferrolora.train.sampler import LengthGroupedTrainer
 
     settings = settings if settings is not None else TrainSettings()
     checkpoint = newest_checkpoint(output) if resume else None
-    trainer = Trainer(
+    trainer = LengthGroupedTrainer(
         model,
         args=_arguments(model, output, settings, evaluates=eval_data is not None, loss_only=compute_metrics is None),
         data_collator=collate,
@@ -186,8 +187,6 @@ def _arguments(model: PeftModel, output: Path, settings: TrainSettings, evaluate
         save_steps=settings.save_every or 500,
         save_total_limit=2,
         seed=settings.seed,
-        # Batches of like lengths waste less on padding; the order still depends on the seed alone.
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
