@@ -63,15 +63,18 @@ impl<E: Element> Op for Block<'_, E> {
 
     fn eval<I: Isa>(self, isa: I) -> bool {
         let map = dynamic8::map();
-        isa.vectorize(|| {
-            let mut wide = [0.0_f32; LONGEST];
-            let wide = &mut wide[..self.src.len()];
-            widen(isa, self.src, wide);
-            let bits = absmax_bits(isa, wide);
-            *self.absmax = f32::from_bits(bits.cast_unsigned());
-            encode_block(map, wide, *self.absmax, self.codes);
-            bits < INFINITY_BITS
-        })
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let mut wide = [0.0_f32; LONGEST];
+                let wide = &mut wide[..self.src.len()];
+                widen(isa, self.src, wide);
+                let bits = absmax_bits(isa, wide);
+                *self.absmax = f32::from_bits(bits.cast_unsigned());
+                encode_block(map, wide, *self.absmax, self.codes);
+                bits < INFINITY_BITS
+            },
+        )
     }
 }
 

@@ -36,7 +36,10 @@ impl<E: Element> Op for DequantizeChunk<'_, E> {
     type Output = ();
 
     fn eval<I: Isa>(self, isa: I) {
-        isa.vectorize(|| decode_range(isa, self.packed, self.start, self.out));
+        isa.vectorize(
+            #[inline(always)]
+            || decode_range(isa, self.packed, self.start, self.out),
+        );
     }
 }
 

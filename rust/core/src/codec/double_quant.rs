@@ -53,17 +53,20 @@ impl Op for Chunk<'_> {
 
     fn eval<I: Isa>(self, isa: I) {
         let map = dynamic8::map();
-        isa.vectorize(|| {
-            let blocks = self.absmax.chunks(NESTED_BLOCK_SIZE).zip(self.codes.chunks_mut(NESTED_BLOCK_SIZE));
-            for ((absmax, codes), nested) in blocks.zip(self.nested_absmax) {
-                let mut centred = [0.0_f32; NESTED_BLOCK_SIZE];
-                let centred = &mut centred[..absmax.len()];
-                for (c, a) in centred.iter_mut().zip(absmax) {
-                    *c = a - self.offset;
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let blocks = self.absmax.chunks(NESTED_BLOCK_SIZE).zip(self.codes.chunks_mut(NESTED_BLOCK_SIZE));
+                for ((absmax, codes), nested) in blocks.zip(self.nested_absmax) {
+                    let mut centred = [0.0_f32; NESTED_BLOCK_SIZE];
+                    let centred = &mut centred[..absmax.len()];
+                    for (c, a) in centred.iter_mut().zip(absmax) {
+                        *c = a - self.offset;
+                    }
+                    *nested = f32::from_bits(absmax_bits(isa, centred).cast_unsigned());
+                    encode_block(map, centred, *nested, codes);
                 }
-                *nested = f32::from_bits(absmax_bits(isa, centred).cast_unsigned());
-                encode_block(map, centred, *nested, codes);
-            }
-        });
+            },
+        );
     }
 }

@@ -76,10 +76,13 @@ impl<E: Element> Op for QuantizeChunk<'_, E> {
     type Output = bool;
 
     fn eval<I: Isa>(self, isa: I) -> bool {
-        isa.vectorize(|| match self.spec.quant_type() {
-            QuantType::Nf4 => self.blocks(isa, Nf4Encoder::new(isa)),
-            QuantType::Fp4 => self.blocks(isa, Fp4Encoder::new(isa)),
-        })
+        isa.vectorize(
+            #[inline(always)]
+            || match self.spec.quant_type() {
+                QuantType::Nf4 => self.blocks(isa, Nf4Encoder::new(isa)),
+                QuantType::Fp4 => self.blocks(isa, Fp4Encoder::new(isa)),
+            },
+        )
     }
 }
 

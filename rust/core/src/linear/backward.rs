@@ -149,27 +149,37 @@ impl Chunk<'_> {
         let tall = tile::rows::<I>();
         let height = self.rows.next_multiple_of(tall);
         let (n, k) = (self.weight.out_features(), self.weight.in_features());
-        scratch::with(n.div_ceil(DEPTH) * height * DEPTH, |dy_slivers| {
-            let tasks: Vec<_> = dy_slivers.chunks_mut((height * DEPTH).max(1)).enumerate().collect();
-            parallel::for_each(self.threads, tasks, |(block, out)| {
-                let span = (block * DEPTH, DEPTH.min(n - block * DEPTH));
-                for (i, sliver) in out.chunks_mut(tall * DEPTH).enumerate() {
-                    isa.vectorize(|| row_sliver(isa, dy, (i * tall, self.rows), span, 1.0, sliver));
+        scratch::with(
+            n.div_ceil(DEPTH) * height * DEPTH,
+            #[inline(always)]
+            |dy_slivers| {
+                let tasks: Vec<_> = dy_slivers.chunks_mut((height * DEPTH).max(1)).enumerate().collect();
+                parallel::for_each(self.threads, tasks, |(block, out)| {
+                    let span = (block * DEPTH, DEPTH.min(n - block * DEPTH));
+                    for (i, sliver) in out.chunks_mut(tall * DEPTH).enumerate() {
+                        isa.vectorize(
+                            #[inline(always)]
+                            || row_sliver(isa, dy, (i * tall, self.rows), span, 1.0, sliver),
+                        );
+                    }
+                });
+                if let Some(lora) = self.lora {
+                    self.low_rank_output(isa, lora, dy_slivers, ds);
                 }
-            });
-            if let Some(lora) = self.lora {
-                self.low_rank_output(isa, lora, dy_slivers, ds);
-            }
-            if dx.is_empty() {
-                return;
-            }
-            let width = columns_per_task(k);
-            let tasks: Vec<_> = split_columns(dx, k, width).into_iter().enumerate().collect();
-            let ds = &*ds;
-            parallel::for_each(self.threads, tasks, |(i, dx)| {
-                isa.vectorize(|| self.columns(isa, i * width, dy_slivers, ds, dx));
-            });
-        });
+                if dx.is_empty() {
+                    return;
+                }
+                let width = columns_per_task(k);
+                let tasks: Vec<_> = split_columns(dx, k, width).into_iter().enumerate().collect();
+                let ds = &*ds;
+                parallel::for_each(self.threads, tasks, |(i, dx)| {
+                    isa.vectorize(
+                        #[inline(always)]
+                        || self.columns(isa, i * width, dy_slivers, ds, dx),
+                    );
+                });
+            },
+        );
     }
 
     /// `dS = scaling · dY·B`, `[rows, r]`.
@@ -178,31 +188,59 @@ impl Chunk<'_> {
         let height = self.rows.next_multiple_of(tall);
         let room = padded::<I>(lora.rank);
         let b = Source::plain(&lora.b, lora.rank);
-        scratch::with(n * room, |panel| {
-            isa.vectorize(|| column_panel(isa, &b, (0, n), (0, lora.rank, room), room.max(1), panel));
-            let panel = &*panel;
-            let tasks: Vec<_> = ds.chunks_mut((tall * lora.rank).max(1)).enumerate().collect();
-            parallel::for_each(self.threads, tasks, |(i, out)| {
-                isa.vectorize(|| {
-                    scratch::with(tall * room, |tiles| {
-                        tiles.fill(0.0);
-                        for (block, slivers) in dy_slivers.chunks(height * DEPTH).enumerate() {
-                            let depth = DEPTH.min(n - block * DEPTH);
-                            let data = &slivers[i * tall * DEPTH..][..tall * DEPTH];
-                            let panel = &panel[block * DEPTH * room..][..depth * room];
-                            multiply_row(isa, depth, Sliver { data, rows: tall }, panel, room, lora.rank, tiles);
-                        }
-                        store_rows::<I>(tiles, tall, lora.rank, |row, col, values| {
-                            let Some(line) = out.chunks_mut(lora.rank).nth(row) else { return };
-                            let line = &mut line[col..];
-                            for (d, v) in line.iter_mut().zip(values) {
-                                *d = v * lora.scaling;
-                            }
-                        });
-                    });
+        scratch::with(
+            n * room,
+            #[inline(always)]
+            |panel| {
+                isa.vectorize(
+                    #[inline(always)]
+                    || column_panel(isa, &b, (0, n), (0, lora.rank, room), room.max(1), panel),
+                );
+                let panel = &*panel;
+                let tasks: Vec<_> = ds.chunks_mut((tall * lora.rank).max(1)).enumerate().collect();
+                parallel::for_each(self.threads, tasks, |(i, out)| {
+                    isa.vectorize(
+                        #[inline(always)]
+                        || {
+                            scratch::with(
+                                tall * room,
+                                #[inline(always)]
+                                |tiles| {
+                                    tiles.fill(0.0);
+                                    for (block, slivers) in dy_slivers.chunks(height * DEPTH).enumerate() {
+                                        let depth = DEPTH.min(n - block * DEPTH);
+                                        let data = &slivers[i * tall * DEPTH..][..tall * DEPTH];
+                                        let panel = &panel[block * DEPTH * room..][..depth * room];
+                                        multiply_row(
+                                            isa,
+                                            depth,
+                                            Sliver { data, rows: tall },
+                                            panel,
+                                            room,
+                                            lora.rank,
+                                            tiles,
+                                        );
+                                    }
+                                    store_rows::<I>(
+                                        tiles,
+                                        tall,
+                                        lora.rank,
+                                        #[inline(always)]
+                                        |row, col, values| {
+                                            let Some(line) = out.chunks_mut(lora.rank).nth(row) else { return };
+                                            let line = &mut line[col..];
+                                            for (d, v) in line.iter_mut().zip(values) {
+                                                *d = v * lora.scaling;
+                                            }
+                                        },
+                                    );
+                                },
+                            );
+                        },
+                    );
                 });
-            });
-        });
+            },
+        );
     }
 
     /// Columns of dX from `k0`: `dx[m]` is row m's part.
@@ -213,33 +251,47 @@ impl Chunk<'_> {
         let n = self.weight.out_features();
         let cols = dx.first().map_or(0, |row| row.len());
         let room = padded::<I>(cols);
-        scratch::with(height * room, |tiles| {
-            tiles.fill(0.0);
-            scratch::with(DEPTH * STRIDE, |panel| {
-                for (block, slivers) in dy_slivers.chunks(height * DEPTH).enumerate() {
-                    let depth = DEPTH.min(n - block * DEPTH);
-                    for (i, line) in panel.chunks_mut(STRIDE).take(depth).enumerate() {
-                        self.weight.decode(isa, block * DEPTH + i, k0, &mut line[..cols]);
-                        line[cols..room].fill(0.0);
-                    }
-                    for (data, tiles) in slivers.chunks(tall * DEPTH).zip(tiles.chunks_mut(tall * room)) {
-                        multiply_row(isa, depth, Sliver { data, rows: tall }, panel, STRIDE, cols, tiles);
-                    }
+        scratch::with(
+            height * room,
+            #[inline(always)]
+            |tiles| {
+                tiles.fill(0.0);
+                scratch::with(
+                    DEPTH * STRIDE,
+                    #[inline(always)]
+                    |panel| {
+                        for (block, slivers) in dy_slivers.chunks(height * DEPTH).enumerate() {
+                            let depth = DEPTH.min(n - block * DEPTH);
+                            for (i, line) in panel.chunks_mut(STRIDE).take(depth).enumerate() {
+                                self.weight.decode(isa, block * DEPTH + i, k0, &mut line[..cols]);
+                                line[cols..room].fill(0.0);
+                            }
+                            for (data, tiles) in slivers.chunks(tall * DEPTH).zip(tiles.chunks_mut(tall * room)) {
+                                multiply_row(isa, depth, Sliver { data, rows: tall }, panel, STRIDE, cols, tiles);
+                            }
+                        }
+                        if let Some(lora) = self.lora {
+                            self.add_low_rank(isa, lora, (k0, cols), ds, panel, tiles);
+                        }
+                    },
+                );
+                for (i, tiles) in tiles.chunks(tall * room).enumerate() {
+                    store_rows::<I>(
+                        tiles,
+                        tall,
+                        cols,
+                        #[inline(always)]
+                        |row, col, values| {
+                            if let Some(line) = dx.get_mut(i * tall + row) {
+                                let line = &mut line[col..];
+                                let count = line.len().min(values.len());
+                                narrow(isa, &values[..count], &mut line[..count]);
+                            }
+                        },
+                    );
                 }
-                if let Some(lora) = self.lora {
-                    self.add_low_rank(isa, lora, (k0, cols), ds, panel, tiles);
-                }
-            });
-            for (i, tiles) in tiles.chunks(tall * room).enumerate() {
-                store_rows::<I>(tiles, tall, cols, |row, col, values| {
-                    if let Some(line) = dx.get_mut(i * tall + row) {
-                        let line = &mut line[col..];
-                        let count = line.len().min(values.len());
-                        narrow(isa, &values[..count], &mut line[..count]);
-                    }
-                });
-            }
-        });
+            },
+        );
     }
 
     /// Adds `mask ⊙ (dS·A)` to the tiles. Without dropout it is more depth of the same sums.
@@ -257,29 +309,45 @@ impl Chunk<'_> {
         let k = self.weight.in_features();
         let room = padded::<I>(cols);
         let (a, ds) = (Source::plain(&lora.a, k), Source::plain(ds, lora.rank));
-        scratch::with(tall * DEPTH, |sliver| {
-            scratch::with(tall * room, |branch| {
-                for (i, tiles) in tiles.chunks_mut(tall * room).enumerate() {
-                    branch.fill(0.0);
-                    let target: &mut [f32] = if lora.dropout.is_some() { branch } else { tiles };
-                    for j in (0..lora.rank).step_by(DEPTH) {
-                        let depth = DEPTH.min(lora.rank - j);
-                        if i == 0 || lora.rank > DEPTH {
-                            column_panel(isa, &a, (j, depth), (k0, cols, room), STRIDE, panel);
+        scratch::with(
+            tall * DEPTH,
+            #[inline(always)]
+            |sliver| {
+                scratch::with(
+                    tall * room,
+                    #[inline(always)]
+                    |branch| {
+                        for (i, tiles) in tiles.chunks_mut(tall * room).enumerate() {
+                            branch.fill(0.0);
+                            let target: &mut [f32] = if lora.dropout.is_some() { branch } else { tiles };
+                            for j in (0..lora.rank).step_by(DEPTH) {
+                                let depth = DEPTH.min(lora.rank - j);
+                                if i == 0 || lora.rank > DEPTH {
+                                    column_panel(isa, &a, (j, depth), (k0, cols, room), STRIDE, panel);
+                                }
+                                row_sliver(isa, &ds, (i * tall, self.rows), (j, depth), 1.0, sliver);
+                                multiply_row(
+                                    isa,
+                                    depth,
+                                    Sliver { data: sliver, rows: tall },
+                                    panel,
+                                    STRIDE,
+                                    cols,
+                                    target,
+                                );
+                            }
+                            if let Some(dropout) = lora.dropout {
+                                let first = self.first + i * tall;
+                                mask_tiles::<I>(dropout, first, k0, (tall, cols), branch);
+                                for (sum, b) in tiles.iter_mut().zip(&*branch) {
+                                    *sum += b;
+                                }
+                            }
                         }
-                        row_sliver(isa, &ds, (i * tall, self.rows), (j, depth), 1.0, sliver);
-                        multiply_row(isa, depth, Sliver { data: sliver, rows: tall }, panel, STRIDE, cols, target);
-                    }
-                    if let Some(dropout) = lora.dropout {
-                        let first = self.first + i * tall;
-                        mask_tiles::<I>(dropout, first, k0, (tall, cols), branch);
-                        for (sum, b) in tiles.iter_mut().zip(&*branch) {
-                            *sum += b;
-                        }
-                    }
-                }
-            });
-        });
+                    },
+                );
+            },
+        );
     }
 }
 

@@ -20,8 +20,14 @@ fn blocks(seed: u64, row: u64, first: u64) -> [[u32; WIDTH]; 4] {
     let mut key = [seed as u32, (seed >> 32) as u32];
     let counter = |i: usize| first + i as u64;
     let mut c: [[u32; WIDTH]; 4] = [
-        std::array::from_fn(|i| counter(i) as u32),
-        std::array::from_fn(|i| (counter(i) >> 32) as u32),
+        std::array::from_fn(
+            #[inline(always)]
+            |i| counter(i) as u32,
+        ),
+        std::array::from_fn(
+            #[inline(always)]
+            |i| (counter(i) >> 32) as u32,
+        ),
         [row as u32; WIDTH],
         [(row >> 32) as u32; WIDTH],
     ];
@@ -82,12 +88,15 @@ impl Op for Mask<'_> {
     type Output = ();
 
     fn eval<I: Isa>(self, isa: I) {
-        isa.vectorize(|| {
-            self.out.fill(1.0);
-            for (row, values) in self.out.chunks_mut(self.cols).enumerate() {
-                apply(self.dropout, row, 0, values);
-            }
-        });
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                self.out.fill(1.0);
+                for (row, values) in self.out.chunks_mut(self.cols).enumerate() {
+                    apply(self.dropout, row, 0, values);
+                }
+            },
+        );
     }
 }
 

@@ -60,31 +60,46 @@ impl<E: Element> Op for Chunk<'_, E> {
         let room = padded::<I>(self.rows);
         let plain = Source::plain(self.x, k);
         let rank = self.problem.lora.map_or(0, |lora| lora.rank);
-        scratch::with(room * k, |x_panels| {
-            pack(isa, self.threads, &plain, self.rows, x_panels);
-            scratch::with(room * rank.next_multiple_of(tile::rank_rows::<I>()), |s_panels| {
-                if let Some(lora) = self.problem.lora {
-                    if lora.dropout.is_some() {
-                        let dropped = Source { first_row: self.first, dropout: lora.dropout, ..plain };
-                        scratch::with(room * k, |panels| {
-                            pack(isa, self.threads, &dropped, self.rows, panels);
-                            low_rank_input(isa, self.threads, lora, self.rows, k, panels, s_panels);
+        scratch::with(
+            room * k,
+            #[inline(always)]
+            |x_panels| {
+                pack(isa, self.threads, &plain, self.rows, x_panels);
+                scratch::with(
+                    room * rank.next_multiple_of(tile::rank_rows::<I>()),
+                    #[inline(always)]
+                    |s_panels| {
+                        if let Some(lora) = self.problem.lora {
+                            if lora.dropout.is_some() {
+                                let dropped = Source { first_row: self.first, dropout: lora.dropout, ..plain };
+                                scratch::with(
+                                    room * k,
+                                    #[inline(always)]
+                                    |panels| {
+                                        pack(isa, self.threads, &dropped, self.rows, panels);
+                                        low_rank_input(isa, self.threads, lora, self.rows, k, panels, s_panels);
+                                    },
+                                );
+                            } else {
+                                low_rank_input(isa, self.threads, lora, self.rows, k, x_panels, s_panels);
+                            }
+                            store_s(isa, s_panels, self.rows, rank, self.s);
+                        }
+                        let slivers = n.div_ceil(tile::rows::<I>()).div_ceil(TASKS).clamp(1, MOST_SLIVERS);
+                        let width = slivers * tile::rows::<I>();
+                        let tasks: Vec<_> = split_columns(self.y, n, width).into_iter().enumerate().collect();
+                        let (problem, rows) = (self.problem, self.rows);
+                        let operands = Operands { problem, rows, x_panels, s_panels };
+                        parallel::for_each(self.threads, tasks, |(i, y)| {
+                            isa.vectorize(
+                                #[inline(always)]
+                                || operands.columns(isa, i * width, slivers, y),
+                            );
                         });
-                    } else {
-                        low_rank_input(isa, self.threads, lora, self.rows, k, x_panels, s_panels);
-                    }
-                    store_s(isa, s_panels, self.rows, rank, self.s);
-                }
-                let slivers = n.div_ceil(tile::rows::<I>()).div_ceil(TASKS).clamp(1, MOST_SLIVERS);
-                let width = slivers * tile::rows::<I>();
-                let tasks: Vec<_> = split_columns(self.y, n, width).into_iter().enumerate().collect();
-                let (problem, rows) = (self.problem, self.rows);
-                let operands = Operands { problem, rows, x_panels, s_panels };
-                parallel::for_each(self.threads, tasks, |(i, y)| {
-                    isa.vectorize(|| operands.columns(isa, i * width, slivers, y));
-                });
-            });
-        });
+                    },
+                );
+            },
+        );
     }
 }
 
@@ -93,7 +108,10 @@ fn pack<I: Isa, E: Element>(isa: I, threads: usize, source: &Source<'_, E>, rows
     let tasks: Vec<_> = out.chunks_mut(padded::<I>(rows) * DEPTH).enumerate().collect();
     parallel::for_each(threads, tasks, |(block, out)| {
         let depth = DEPTH.min(source.cols - block * DEPTH);
-        isa.vectorize(|| transpose(isa, source, rows, (block * DEPTH, depth), out));
+        isa.vectorize(
+            #[inline(always)]
+            || transpose(isa, source, rows, (block * DEPTH, depth), out),
+        );
     });
 }
 
@@ -115,20 +133,27 @@ fn low_rank_input<I: Isa>(
     parallel::for_each(threads, tasks, |(panel, out)| {
         let first = panel * full;
         let width = width_for::<I>(rows - first);
-        isa.vectorize(|| {
-            out.fill(0.0);
-            scratch::with(tall * DEPTH, |sliver| {
-                for col in (0..k).step_by(DEPTH) {
-                    let depth = DEPTH.min(k - col);
-                    let data = &x_panels[room * col + first * depth..][..depth * width];
-                    for (row, acc) in (0..lora.rank).step_by(tall).zip(out.chunks_mut(tall * width)) {
-                        row_sliver(isa, &a, (row, lora.rank), (col, depth), 1.0, sliver);
-                        let sliver = Sliver { data: sliver, rows: tall };
-                        tile::multiply(isa, depth, sliver, Panel { data, stride: width }, width, acc);
-                    }
-                }
-            });
-        });
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                out.fill(0.0);
+                scratch::with(
+                    tall * DEPTH,
+                    #[inline(always)]
+                    |sliver| {
+                        for col in (0..k).step_by(DEPTH) {
+                            let depth = DEPTH.min(k - col);
+                            let data = &x_panels[room * col + first * depth..][..depth * width];
+                            for (row, acc) in (0..lora.rank).step_by(tall).zip(out.chunks_mut(tall * width)) {
+                                row_sliver(isa, &a, (row, lora.rank), (col, depth), 1.0, sliver);
+                                let sliver = Sliver { data: sliver, rows: tall };
+                                tile::multiply(isa, depth, sliver, Panel { data, stride: width }, width, acc);
+                            }
+                        }
+                    },
+                );
+            },
+        );
     });
 }
 
@@ -139,18 +164,21 @@ fn store_s<I: Isa, E: Element>(isa: I, s_panels: &[f32], rows: usize, rank: usiz
     }
     let height = rank.next_multiple_of(tile::rank_rows::<I>());
     let full = tile::cols::<I>();
-    isa.vectorize(|| {
-        let mut line = vec![0.0_f32; rank];
-        for (row, out) in s.chunks_mut(rank).enumerate() {
-            let first = row / full * full;
-            let width = width_for::<I>(rows - first);
-            let panel = &s_panels[first * height..];
-            for (j, value) in line.iter_mut().enumerate() {
-                *value = panel[j * width + row - first];
+    isa.vectorize(
+        #[inline(always)]
+        || {
+            let mut line = vec![0.0_f32; rank];
+            for (row, out) in s.chunks_mut(rank).enumerate() {
+                let first = row / full * full;
+                let width = width_for::<I>(rows - first);
+                let panel = &s_panels[first * height..];
+                for (j, value) in line.iter_mut().enumerate() {
+                    *value = panel[j * width + row - first];
+                }
+                narrow(isa, &line, out);
             }
-            narrow(isa, &line, out);
-        }
-    });
+        },
+    );
 }
 
 /// What every task of a chunk reads.
@@ -166,14 +194,22 @@ impl Operands<'_> {
     #[inline(always)]
     fn columns<I: Isa, E: Element>(&self, isa: I, n0: usize, slivers: usize, y: Vec<&mut [E]>) {
         let tall = tile::rows::<I>();
-        scratch::with(slivers * tall * padded::<I>(self.rows), |tiles| {
-            tiles.fill(0.0);
-            scratch::with(slivers * tall * DEPTH, |w| {
-                self.add_weight(isa, n0, w, tiles);
-                self.add_low_rank(isa, n0, w, tiles);
-            });
-            self.store(isa, n0, slivers, tiles, y);
-        });
+        scratch::with(
+            slivers * tall * padded::<I>(self.rows),
+            #[inline(always)]
+            |tiles| {
+                tiles.fill(0.0);
+                scratch::with(
+                    slivers * tall * DEPTH,
+                    #[inline(always)]
+                    |w| {
+                        self.add_weight(isa, n0, w, tiles);
+                        self.add_low_rank(isa, n0, w, tiles);
+                    },
+                );
+                self.store(isa, n0, slivers, tiles, y);
+            },
+        );
     }
 
     #[inline(always)]
@@ -235,24 +271,28 @@ impl Operands<'_> {
     fn store<I: Isa, E: Element>(&self, isa: I, n0: usize, slivers: usize, tiles: &[f32], y: Vec<&mut [E]>) {
         let (tall, full) = (tile::rows::<I>(), tile::cols::<I>());
         let room = padded::<I>(self.rows);
-        scratch::with(slivers * tall, |line| {
-            for (row, out) in y.into_iter().enumerate() {
-                let first = row / full * full;
-                let width = width_for::<I>(self.rows - first);
-                for (tiles, part) in tiles.chunks(tall * room).zip(line.chunks_mut(tall)) {
-                    let tile = &tiles[first * tall..][..tall * width];
-                    for (value, sums) in part.iter_mut().zip(tile.chunks(width)) {
-                        *value = sums[row - first];
+        scratch::with(
+            slivers * tall,
+            #[inline(always)]
+            |line| {
+                for (row, out) in y.into_iter().enumerate() {
+                    let first = row / full * full;
+                    let width = width_for::<I>(self.rows - first);
+                    for (tiles, part) in tiles.chunks(tall * room).zip(line.chunks_mut(tall)) {
+                        let tile = &tiles[first * tall..][..tall * width];
+                        for (value, sums) in part.iter_mut().zip(tile.chunks(width)) {
+                            *value = sums[row - first];
+                        }
                     }
-                }
-                let line = &mut line[..out.len()];
-                if let Some(bias) = self.problem.bias {
-                    for (value, b) in line.iter_mut().zip(&bias[n0..]) {
-                        *value += b;
+                    let line = &mut line[..out.len()];
+                    if let Some(bias) = self.problem.bias {
+                        for (value, b) in line.iter_mut().zip(&bias[n0..]) {
+                            *value += b;
+                        }
                     }
+                    narrow(isa, line, out);
                 }
-                narrow(isa, line, out);
-            }
-        });
+            },
+        );
     }
 }

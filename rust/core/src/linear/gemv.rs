@@ -41,16 +41,31 @@ impl<E: Element> Op for Forward<'_, E> {
         let (n, k) = (weight.out_features(), weight.in_features());
         let threads = self.exec.threads_for(m * n * k / 4);
         let source = Source::plain(self.x, k);
-        let low_rank = self.problem.lora.map(|lora| isa.vectorize(|| low_rank_input(isa, lora, &source, m, self.s)));
-        scratch::with(m * k, |wide| {
-            let whole = weight.whole_blocks();
-            isa.vectorize(|| widen_rows(isa, &source, whole.is_some(), wide));
-            let tasks: Vec<_> = split_columns(self.y, n, TASK).into_iter().enumerate().collect();
-            parallel::for_each(threads, tasks, |(i, y)| {
-                let columns = Columns { problem: self.problem, low_rank: low_rank.as_deref(), n0: i * TASK, y };
-                isa.vectorize(|| columns.eval(isa, whole, wide));
-            });
+        let low_rank = self.problem.lora.map(|lora| {
+            isa.vectorize(
+                #[inline(always)]
+                || low_rank_input(isa, lora, &source, m, self.s),
+            )
         });
+        scratch::with(
+            m * k,
+            #[inline(always)]
+            |wide| {
+                let whole = weight.whole_blocks();
+                isa.vectorize(
+                    #[inline(always)]
+                    || widen_rows(isa, &source, whole.is_some(), wide),
+                );
+                let tasks: Vec<_> = split_columns(self.y, n, TASK).into_iter().enumerate().collect();
+                parallel::for_each(threads, tasks, |(i, y)| {
+                    let columns = Columns { problem: self.problem, low_rank: low_rank.as_deref(), n0: i * TASK, y };
+                    isa.vectorize(
+                        #[inline(always)]
+                        || columns.eval(isa, whole, wide),
+                    );
+                });
+            },
+        );
     }
 }
 
@@ -86,14 +101,18 @@ fn low_rank_input<I: Isa, E: Element>(
     let k = source.cols;
     let source = Source { dropout: lora.dropout, ..*source };
     let mut product = vec![0.0_f32; m * lora.rank];
-    scratch::with(k, |line| {
-        for (row, out) in product.chunks_mut(lora.rank.max(1)).enumerate() {
-            source.read(isa, row, 0, line);
-            for (j, value) in out.iter_mut().enumerate() {
-                *value = dot(isa, line, &lora.a[j * k..][..k]);
+    scratch::with(
+        k,
+        #[inline(always)]
+        |line| {
+            for (row, out) in product.chunks_mut(lora.rank.max(1)).enumerate() {
+                source.read(isa, row, 0, line);
+                for (j, value) in out.iter_mut().enumerate() {
+                    *value = dot(isa, line, &lora.a[j * k..][..k]);
+                }
             }
-        }
-    });
+        },
+    );
     if !s.is_empty() {
         narrow(isa, &product, s);
     }
@@ -191,7 +210,10 @@ impl<E: Element> Columns<'_, E> {
         let k = self.problem.weight.in_features();
         for j in (0..count).step_by(R) {
             // The last group may reach past the range: its extra rows repeat the last one.
-            let rows: [usize; R] = std::array::from_fn(|r| self.n0 + (j + r).min(count - 1));
+            let rows: [usize; R] = std::array::from_fn(
+                #[inline(always)]
+                |r| self.n0 + (j + r).min(count - 1),
+            );
             let dots = whole_block_dots::<I, M, R>(isa, packed, x, k, rows);
             for (m, dots) in dots.into_iter().enumerate() {
                 for (r, value) in dots.into_iter().enumerate().take(count - j) {
@@ -213,16 +235,27 @@ fn whole_block_dots<I: Isa, const M: usize, const R: usize>(
 ) -> [[f32; R]; M] {
     let block_size = packed.spec().block_size();
     let table = isa.table(packed.spec().quant_type().values());
-    let bytes: [&[[u8; LANES]]; R] = rows.map(|row| packed.codes()[row * k / 2..][..k / 2].as_chunks().0);
-    let x: [&[[f32; GROUP]]; M] = std::array::from_fn(|m| x[m * k..][..k].as_chunks().0);
+    let bytes: [&[[u8; LANES]]; R] = rows.map(
+        #[inline(always)]
+        |row| packed.codes()[row * k / 2..][..k / 2].as_chunks().0,
+    );
+    let x: [&[[f32; GROUP]]; M] = std::array::from_fn(
+        #[inline(always)]
+        |m| x[m * k..][..k].as_chunks().0,
+    );
     let mut even = [[isa.splat(0.0); R]; M];
     let mut odd = even;
     let groups = block_size / GROUP;
     for block in 0..k / block_size {
-        let tables: [I::Table; R] =
-            rows.map(|row| isa.scale_table(table, packed.scales().get(row * (k / block_size) + block)));
+        let tables: [I::Table; R] = rows.map(
+            #[inline(always)]
+            |row| isa.scale_table(table, packed.scales().get(row * (k / block_size) + block)),
+        );
         for group in block * groups..(block + 1) * groups {
-            let x: [&[[f32; LANES]]; M] = std::array::from_fn(|m| x[m][group].as_chunks().0);
+            let x: [&[[f32; LANES]]; M] = std::array::from_fn(
+                #[inline(always)]
+                |m| x[m][group].as_chunks().0,
+            );
             for r in 0..R {
                 let (high, low) = isa.nibbles_split(&bytes[r][group]);
                 let (w_even, w_odd) = (isa.lookup(tables[r], high), isa.lookup(tables[r], low));
@@ -233,5 +266,13 @@ fn whole_block_dots<I: Isa, const M: usize, const R: usize>(
             }
         }
     }
-    std::array::from_fn(|m| std::array::from_fn(|r| isa.reduce_sum(isa.add(even[m][r], odd[m][r]))))
+    std::array::from_fn(
+        #[inline(always)]
+        |m| {
+            std::array::from_fn(
+                #[inline(always)]
+                |r| isa.reduce_sum(isa.add(even[m][r], odd[m][r])),
+            )
+        },
+    )
 }

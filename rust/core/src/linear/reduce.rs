@@ -51,33 +51,53 @@ pub(super) fn over_rows<I: Isa, E: Element, T: Send>(
 ) {
     let tall = tile::rank_rows::<I>();
     let slivers = rank.div_ceil(tall);
-    scratch::with(rows.div_ceil(DEPTH) * slivers * tall * DEPTH, |packed| {
-        for (i, sliver) in packed.chunks_mut(tall * DEPTH).enumerate() {
-            let row = i / slivers * DEPTH;
-            let span = (row, DEPTH.min(rows - row));
-            isa.vectorize(|| column_sliver(left, rank, i % slivers * tall, span, sliver));
-        }
-        let packed = &*packed;
-        let tasks: Vec<_> = destinations.into_iter().enumerate().collect();
-        parallel::for_each(threads, tasks, |(task, destination)| {
-            let col = task * width;
-            let cols = width.min(source.cols - col);
-            let room = super::panel::padded::<I>(cols);
-            isa.vectorize(|| {
-                scratch::with(slivers * tall * room, |tiles| {
-                    tiles.fill(0.0);
-                    scratch::with(DEPTH * STRIDE, |panel| {
-                        for (row, slivers) in (0..rows).step_by(DEPTH).zip(packed.chunks(slivers * tall * DEPTH)) {
-                            let depth = DEPTH.min(rows - row);
-                            column_panel(isa, source, (row, depth), (col, cols, room), STRIDE, panel);
-                            multiply(isa, depth, slivers, panel, cols, tiles);
-                        }
-                    });
-                    store(&Part { tiles, tall, room }, cols, destination);
-                });
+    scratch::with(
+        rows.div_ceil(DEPTH) * slivers * tall * DEPTH,
+        #[inline(always)]
+        |packed| {
+            for (i, sliver) in packed.chunks_mut(tall * DEPTH).enumerate() {
+                let row = i / slivers * DEPTH;
+                let span = (row, DEPTH.min(rows - row));
+                isa.vectorize(
+                    #[inline(always)]
+                    || column_sliver(left, rank, i % slivers * tall, span, sliver),
+                );
+            }
+            let packed = &*packed;
+            let tasks: Vec<_> = destinations.into_iter().enumerate().collect();
+            parallel::for_each(threads, tasks, |(task, destination)| {
+                let col = task * width;
+                let cols = width.min(source.cols - col);
+                let room = super::panel::padded::<I>(cols);
+                isa.vectorize(
+                    #[inline(always)]
+                    || {
+                        scratch::with(
+                            slivers * tall * room,
+                            #[inline(always)]
+                            |tiles| {
+                                tiles.fill(0.0);
+                                scratch::with(
+                                    DEPTH * STRIDE,
+                                    #[inline(always)]
+                                    |panel| {
+                                        for (row, slivers) in
+                                            (0..rows).step_by(DEPTH).zip(packed.chunks(slivers * tall * DEPTH))
+                                        {
+                                            let depth = DEPTH.min(rows - row);
+                                            column_panel(isa, source, (row, depth), (col, cols, room), STRIDE, panel);
+                                            multiply(isa, depth, slivers, panel, cols, tiles);
+                                        }
+                                    },
+                                );
+                                store(&Part { tiles, tall, room }, cols, destination);
+                            },
+                        );
+                    },
+                );
             });
-        });
-    });
+        },
+    );
 }
 
 #[inline(always)]

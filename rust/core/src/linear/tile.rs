@@ -83,7 +83,10 @@ fn multiply_sized<I: Isa, const MR: usize, const NV: usize>(
     for (k, row) in panel.data.chunks(panel.stride).take(depth.min(DEPTH)).enumerate() {
         let row: &[[f32; LANES]] = row.as_chunks().0;
         let row: &[[f32; LANES]; NV] = row.first_chunk().expect("a panel row has the tile's columns");
-        let b: [I::F; NV] = std::array::from_fn(|j| isa.load(&row[j]));
+        let b: [I::F; NV] = std::array::from_fn(
+            #[inline(always)]
+            |j| isa.load(&row[j]),
+        );
         for i in 0..MR {
             let a = isa.splat(sliver[i][k]);
             for j in 0..NV {

@@ -61,7 +61,12 @@ impl Isa for Avx2 {
     fn load_f16(self, src: &[f16; LANES]) -> Self::F {
         let src = src.as_ptr();
         // SAFETY: `self` proves F16C; `src` is 32 readable bytes, and the loads are unaligned.
-        unsafe { [0, 8].map(|i| _mm256_cvtph_ps(_mm_loadu_si128(src.add(i).cast()))) }
+        unsafe {
+            [0, 8].map(
+                #[inline(always)]
+                |i| _mm256_cvtph_ps(_mm_loadu_si128(src.add(i).cast())),
+            )
+        }
     }
     #[inline(always)]
     fn store_f16(self, value: Self::F, dst: &mut [f16; LANES]) {
@@ -76,24 +81,30 @@ impl Isa for Avx2 {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 32 readable bytes, and the loads are unaligned.
         unsafe {
-            [0, 8].map(|i| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.add(i).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
+            [0, 8].map(
+                #[inline(always)]
+                |i| {
+                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.add(i).cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+                },
+            )
         }
     }
     #[inline(always)]
     fn store_bf16(self, value: Self::F, dst: &mut [bf16; LANES]) {
         // SAFETY: `self` proves AVX2; `dst` is 32 writable bytes, and the store is unaligned.
         unsafe {
-            let [low, high] = value.map(|v| {
-                let bits = _mm256_castps_si256(v);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
-            });
+            let [low, high] = value.map(
+                #[inline(always)]
+                |v| {
+                    let bits = _mm256_castps_si256(v);
+                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+                    _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+                },
+            );
             // The pack interleaves 128-bit halves; the permutation puts them back in order.
             let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
             _mm256_storeu_si256(dst.as_mut_ptr().cast(), packed);
@@ -103,7 +114,12 @@ impl Isa for Avx2 {
     fn load_i8(self, src: &[i8; LANES]) -> Self::F {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
-        unsafe { [0, 8].map(|i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src.add(i).cast())))) }
+        unsafe {
+            [0, 8].map(
+                #[inline(always)]
+                |i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src.add(i).cast()))),
+            )
+        }
     }
 
     #[inline(always)]
@@ -124,7 +140,12 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn abs(self, a: Self::F) -> Self::F {
         // SAFETY: `self` proves AVX.
-        unsafe { a.map(|v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v)) }
+        unsafe {
+            a.map(
+                #[inline(always)]
+                |v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v),
+            )
+        }
     }
     #[inline(always)]
     fn reduce_sum(self, a: Self::F) -> f32 {
@@ -155,14 +176,22 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn to_bits(self, a: Self::F) -> Self::I {
         // SAFETY: `self` proves AVX.
-        unsafe { a.map(|v| _mm256_castps_si256(v)) }
+        unsafe {
+            a.map(
+                #[inline(always)]
+                |v| _mm256_castps_si256(v),
+            )
+        }
     }
     #[inline(always)]
     fn gt_bit(self, a: Self::F, b: Self::F, bit: i32) -> Self::I {
         // SAFETY: `self` proves AVX2.
         unsafe {
             let bit = _mm256_set1_epi32(bit);
-            [0, 1].map(|i| _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]))))
+            [0, 1].map(
+                #[inline(always)]
+                |i| _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]))),
+            )
         }
     }
     #[inline(always)]
@@ -195,49 +224,67 @@ impl Isa for Avx2 {
         // SAFETY: `self` proves AVX2. `vpermps` reads three bits of each index; bit 3, moved to the
         // sign, chooses the half.
         unsafe {
-            index.map(|i| {
-                let low = _mm256_permutevar8x32_ps(table[0], i);
-                let high = _mm256_permutevar8x32_ps(table[1], i);
-                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i)))
-            })
+            index.map(
+                #[inline(always)]
+                |i| {
+                    let low = _mm256_permutevar8x32_ps(table[0], i);
+                    let high = _mm256_permutevar8x32_ps(table[1], i);
+                    _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i)))
+                },
+            )
         }
     }
     #[inline(always)]
     fn nibbles(self, src: &[u8; 8]) -> Self::I {
         let (low, high) = src.split_at(4);
-        [low, high].map(|four| {
-            let four = i32::from_le_bytes([four[0], four[1], four[2], four[3]]);
-            // SAFETY: `self` proves AVX2.
-            unsafe {
-                let bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-                _mm256_or_si256(_mm256_srli_epi64::<4>(bytes), _mm256_slli_epi64::<32>(bytes))
-            }
-        })
+        [low, high].map(
+            #[inline(always)]
+            |four| {
+                let four = i32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+                // SAFETY: `self` proves AVX2.
+                unsafe {
+                    let bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+                    _mm256_or_si256(_mm256_srli_epi64::<4>(bytes), _mm256_slli_epi64::<32>(bytes))
+                }
+            },
+        )
     }
     #[inline(always)]
     fn nibbles_split(self, src: &[u8; LANES]) -> (Self::I, Self::I) {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
         unsafe {
-            let bytes = [0, 8].map(|i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast())));
-            (bytes.map(|b| _mm256_srli_epi32::<4>(b)), bytes)
+            let bytes = [0, 8].map(
+                #[inline(always)]
+                |i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast())),
+            );
+            (
+                bytes.map(
+                    #[inline(always)]
+                    |b| _mm256_srli_epi32::<4>(b),
+                ),
+                bytes,
+            )
         }
     }
     #[inline(always)]
     fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
         // SAFETY: `self` proves AVX2.
-        let [low, high] = codes.map(|c| unsafe {
-            let joined = _mm256_or_si256(_mm256_slli_epi64::<4>(c), _mm256_srli_epi64::<32>(c));
-            // The wanted bytes are the lowest of each 64-bit lane: 0 and 8 of each half.
-            let pick = _mm256_setr_epi8(
-                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
-                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-            );
-            let picked = _mm256_shuffle_epi8(joined, pick);
-            let first = _mm256_extract_epi16::<0>(picked) as u16;
-            let second = _mm256_extract_epi16::<8>(picked) as u16;
-            u32::from(first) | (u32::from(second) << 16)
-        });
+        let [low, high] = codes.map(
+            #[inline(always)]
+            |c| unsafe {
+                let joined = _mm256_or_si256(_mm256_slli_epi64::<4>(c), _mm256_srli_epi64::<32>(c));
+                // The wanted bytes are the lowest of each 64-bit lane: 0 and 8 of each half.
+                let pick = _mm256_setr_epi8(
+                    0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
+                    0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                );
+                let picked = _mm256_shuffle_epi8(joined, pick);
+                let first = _mm256_extract_epi16::<0>(picked) as u16;
+                let second = _mm256_extract_epi16::<8>(picked) as u16;
+                u32::from(first) | (u32::from(second) << 16)
+            },
+        );
         (u64::from(low) | (u64::from(high) << 32)).to_le_bytes()
     }
 }

@@ -16,51 +16,54 @@ impl Op for Everything {
     type Output = Vec<u32>;
 
     fn eval<I: Isa>(self, isa: I) -> Vec<u32> {
-        isa.vectorize(|| {
-            let mut out = Vec::new();
-            let mut buffer = [0.0_f32; LANES];
-            let (a, b) = (isa.load(&self.a), isa.load(&self.b));
-            let table = isa.table(&self.b);
-            let (even, odd) = isa.nibbles_split(&self.bytes);
-            let first: &[u8; 8] = self.bytes.first_chunk().expect("16 bytes");
-            let mut thresholds = self.b.map(|v| if v.is_nan() { 0.0 } else { v });
-            thresholds.sort_by(f32::total_cmp);
-            thresholds[15] = f32::INFINITY;
-            let rank = isa.rank(isa.table(&thresholds), &thresholds, a);
-            for value in [
-                isa.add(a, b),
-                isa.mul(a, b),
-                isa.fma(a, b, a),
-                isa.abs(a),
-                isa.splat(self.a[3]),
-                isa.lookup(table, isa.nibbles(first)),
-                isa.lookup(isa.scale_table(table, self.a[0]), even),
-                isa.lookup(table, odd),
-                isa.lookup(table, isa.gt_bit(a, b, 5)),
-                isa.lookup(table, isa.or(isa.gt_bit(b, a, 8), isa.splat_i(3))),
-                isa.lookup(table, isa.zero_i()),
-                isa.lookup(table, rank),
-                isa.load_i8(&self.bytes.map(u8::cast_signed)),
-            ] {
-                isa.store(value, &mut buffer);
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let mut out = Vec::new();
+                let mut buffer = [0.0_f32; LANES];
+                let (a, b) = (isa.load(&self.a), isa.load(&self.b));
+                let table = isa.table(&self.b);
+                let (even, odd) = isa.nibbles_split(&self.bytes);
+                let first: &[u8; 8] = self.bytes.first_chunk().expect("16 bytes");
+                let mut thresholds = self.b.map(|v| if v.is_nan() { 0.0 } else { v });
+                thresholds.sort_by(f32::total_cmp);
+                thresholds[15] = f32::INFINITY;
+                let rank = isa.rank(isa.table(&thresholds), &thresholds, a);
+                for value in [
+                    isa.add(a, b),
+                    isa.mul(a, b),
+                    isa.fma(a, b, a),
+                    isa.abs(a),
+                    isa.splat(self.a[3]),
+                    isa.lookup(table, isa.nibbles(first)),
+                    isa.lookup(isa.scale_table(table, self.a[0]), even),
+                    isa.lookup(table, odd),
+                    isa.lookup(table, isa.gt_bit(a, b, 5)),
+                    isa.lookup(table, isa.or(isa.gt_bit(b, a, 8), isa.splat_i(3))),
+                    isa.lookup(table, isa.zero_i()),
+                    isa.lookup(table, rank),
+                    isa.load_i8(&self.bytes.map(u8::cast_signed)),
+                ] {
+                    isa.store(value, &mut buffer);
+                    out.extend(buffer.map(f32::to_bits));
+                }
+                let mut halves = [f16::ZERO; LANES];
+                isa.store_f16(a, &mut halves);
+                out.extend(halves.map(|v| u32::from(v.to_bits())));
+                isa.store(isa.load_f16(&halves), &mut buffer);
                 out.extend(buffer.map(f32::to_bits));
-            }
-            let mut halves = [f16::ZERO; LANES];
-            isa.store_f16(a, &mut halves);
-            out.extend(halves.map(|v| u32::from(v.to_bits())));
-            isa.store(isa.load_f16(&halves), &mut buffer);
-            out.extend(buffer.map(f32::to_bits));
-            let mut brains = [bf16::ZERO; LANES];
-            isa.store_bf16(a, &mut brains);
-            out.extend(brains.map(|v| u32::from(v.to_bits())));
-            isa.store(isa.load_bf16(&brains), &mut buffer);
-            out.extend(buffer.map(f32::to_bits));
-            out.extend(isa.pack_nibbles(rank).map(u32::from));
-            out.push(isa.reduce_sum(a).to_bits());
-            let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
-            out.push(largest.cast_unsigned());
-            out
-        })
+                let mut brains = [bf16::ZERO; LANES];
+                isa.store_bf16(a, &mut brains);
+                out.extend(brains.map(|v| u32::from(v.to_bits())));
+                isa.store(isa.load_bf16(&brains), &mut buffer);
+                out.extend(buffer.map(f32::to_bits));
+                out.extend(isa.pack_nibbles(rank).map(u32::from));
+                out.push(isa.reduce_sum(a).to_bits());
+                let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
+                out.push(largest.cast_unsigned());
+                out
+            },
+        )
     }
 }
 
@@ -115,14 +118,17 @@ impl Op for NotANumber {
     type Output = (bool, bool);
 
     fn eval<I: Isa>(self, isa: I) -> (bool, bool) {
-        isa.vectorize(|| {
-            let (mut brains, mut halves) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
-            // All payload bits set: adding the rounding constant alone would wrap it to a number.
-            let nan = isa.splat(f32::from_bits(0x7fff_ffff));
-            isa.store_bf16(nan, &mut brains);
-            isa.store_f16(nan, &mut halves);
-            (brains.iter().all(|v| v.is_nan()), halves.iter().all(|v| v.is_nan()))
-        })
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let (mut brains, mut halves) = ([bf16::ZERO; LANES], [f16::ZERO; LANES]);
+                // All payload bits set: adding the rounding constant alone would wrap it to a number.
+                let nan = isa.splat(f32::from_bits(0x7fff_ffff));
+                isa.store_bf16(nan, &mut brains);
+                isa.store_f16(nan, &mut halves);
+                (brains.iter().all(|v| v.is_nan()), halves.iter().all(|v| v.is_nan()))
+            },
+        )
     }
 }
 
