@@ -71,15 +71,14 @@ class ModulesToSaveWrapper(nn.Module):
             return self.modules_to_save[self.active_adapters[0]]
         return self.original_module
 
-    @property
-    def weight(self) -> Any:
-        """The weight of the module in use."""
-        return self.active_module.weight
-
-    @property
-    def bias(self) -> Any:
-        """The bias of the module in use."""
-        return self.active_module.bias
+    def __getattr__(self, name: str) -> Any:
+        """`weight`, `out_features`, … of the module in use: models read them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):  # not there yet while unpickling
+                raise
+            return getattr(self.active_module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module in use returns."""

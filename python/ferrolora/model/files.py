@@ -1,10 +1,11 @@
 """A `PeftModel`'s adapters as directories: written, read, uploaded. The bytes are `ferrolora.io.adapter`'s."""
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def save(
     model: "PeftModel",
     directory: str | PathLike[str],
     names: Sequence[str],
-    save_embedding_layers: bool,
+    save_embedding_layers: bool | Literal["auto"],
     state_dict: Mapping[str, Tensor] | None,
 ) -> None:
     """Writes adapters: "default" into the directory itself, others into a subfolder each.
@@ -96,11 +97,13 @@ def load(model: "PeftModel", directory: Path, name: str) -> LoadResult:
     return result
 
 
-def upload(directory: Path, repo_id: str, **options: Any) -> str:
-    """Uploads a directory to the Hub; returns the commit's URL."""
+def upload(model: "PeftModel", repo_id: str, **options: Any) -> str:
+    """Uploads what `save_pretrained` writes as one commit; returns its URL."""
     from ferrolora.io.hub import upload_directory
 
-    return upload_directory(directory, repo_id, **options)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return upload_directory(Path(directory), repo_id, **options)
 
 
 def adapter_places(model: "PeftModel") -> list[str]:

@@ -1,7 +1,7 @@
 """Putting adapters into a model, and the shell that holds the model."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,8 +10,8 @@ from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.lora import LoraConfig
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.registry import method_of
-from ferrolora.errors import TargetError
-from ferrolora.model.targets import find_targets, saved_modules, smallest_suffixes
+from ferrolora.errors import FerroloraError, TargetError
+from ferrolora.model.targets import ALL_LINEAR, find_targets, saved_modules, smallest_suffixes
 
 Wrapper = AdapterLayer | ModulesToSaveWrapper
 
@@ -54,26 +54,36 @@ def inject_adapter(model: nn.Module, name: str, config: LoraConfig, autocast_dty
     """
     saved = saved_modules(model, config.modules_to_save)
     targets = find_targets(model, config, saved)
-    wrap = method_of(config.peft_type).wrap
     modules = dict(model.named_modules())
-    layers = {path: modules[path] for path in targets}
-    wrapped = {path: m if isinstance(m, AdapterLayer) else wrap(m, path) for path, m in layers.items()}
-    for path, layer in wrapped.items():
-        layer.add_adapter(name, config, path, autocast_dtype)
-    for path, layer in wrapped.items():
-        if layers[path] is not layer:
-            replace_module(model, layers[path], layer)
-    for path in saved:
-        copies = modules[path]
-        if isinstance(copies, AdapterLayer):
-            raise TargetError(f"{path} is in modules_to_save of adapter {name!r}, and another adapter adapts it")
-        if not isinstance(copies, ModulesToSaveWrapper):
-            copies = ModulesToSaveWrapper(copies, path)
-            replace_module(model, modules[path], copies)
-        copies.add_adapter(name)
-    if config.target_modules is None or config.target_modules == "all-linear":
+    wrap = method_of(config.peft_type).wrap
+    layers = {path: _wrapped(modules[path], path, wrap) for path in targets}
+    copies = {path: _copied(modules[path], path, name) for path in saved}
+    try:
+        for path, layer in layers.items():
+            layer.add_adapter(name, config, path, autocast_dtype)
+        for wrapper in copies.values():
+            wrapper.add_adapter(name)
+    except FerroloraError:
+        every: list[Wrapper] = [*layers.values(), *copies.values()]
+        for added in every:
+            added.delete_adapter(name)
+        raise
+    for path, placed in (layers | copies).items():
+        if modules[path] is not placed:
+            replace_module(model, modules[path], placed)
+    if config.target_modules is None or config.target_modules == ALL_LINEAR:
         config.target_modules = smallest_suffixes(model, targets)
-    config.fan_in_fan_out = any(getattr(layer, "transposed", False) for layer in wrapped.values())
+    config.fan_in_fan_out = any(getattr(layer, "transposed", False) for layer in layers.values())
+
+
+def _wrapped(module: nn.Module, path: str, wrap: Callable[[nn.Module, str], AdapterLayer]) -> AdapterLayer:
+    return module if isinstance(module, AdapterLayer) else wrap(module, path)
+
+
+def _copied(module: nn.Module, path: str, name: str) -> ModulesToSaveWrapper:
+    if isinstance(module, AdapterLayer):
+        raise TargetError(f"{path} is in modules_to_save of adapter {name!r}, and another adapter adapts it")
+    return module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module, path)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,12 +1,10 @@
 """`PeftModel`: a model with adapters, and `get_peft_model`, which makes one."""
 
 import copy
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +98,7 @@ class PeftModel(nn.Module):
 
         Raises:
             TargetError: the name is taken, or the configuration matches nothing.
-            UnsupportedError: an adapter that trains biases, beside another: the biases are shared.
+            UnsupportedError: an adapter that trains biases, beside another: the biases are shared; or a merged model.
         """
         if adapter_name in self.peft_config:
             raise TargetError(f"the model has an adapter {adapter_name!r} already")
@@ -127,15 +125,18 @@ class PeftModel(nn.Module):
 
         Raises:
             TargetError: an unknown name.
+            UnsupportedError: adapters are merged.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
+        self._refuse_merged("setting another adapter")
         inject.activate(self.get_base_model(), names, self.peft_config, not inference_mode)
         self.active_adapters = names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If it was the only active one, the first that is left becomes active."""
         self._known([adapter_name])
+        self._refuse_merged("deleting one")
         for _, layer in inject.wrappers(self.get_base_model()):
             layer.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
@@ -213,7 +214,7 @@ class PeftModel(nn.Module):
         self,
         save_directory: str | PathLike[str],
         selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool = False,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
@@ -225,7 +226,8 @@ class PeftModel(nn.Module):
         Args:
             save_directory: created if need be.
             selected_adapters: which. Default None: all.
-            save_embedding_layers: also the input embedding and the output head. Default False.
+            save_embedding_layers: also the input embedding and the output head. Default "auto": if the vocabulary
+                differs from that of the base on disk.
             is_main_process: False writes nothing.
             state_dict: the model's state dict, if it was gathered from shards.
         """
@@ -245,9 +247,7 @@ class PeftModel(nn.Module):
             repo_id: `owner/name`; created if need be.
             **options: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`.
         """
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            return files.upload(Path(directory), repo_id, **options)
+        return files.upload(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -294,6 +294,7 @@ class PeftModel(nn.Module):
         Args and errors: as `from_pretrained`. The result is empty: what does not fit raises.
         """
         directory = files.locate(model_id, **hub)
+        self._refuse_merged("loading an adapter")
         if adapter_name not in self.peft_config:
             self.add_adapter(adapter_name, files.load_config(directory, is_trainable), autocast_adapter_dtype)
         result = files.load(self, directory, adapter_name)
@@ -326,6 +327,10 @@ class PeftModel(nn.Module):
 
     def _merged(self) -> list[str]:
         return list(dict.fromkeys(name for layer in self._layers() for name in layer.merged_adapters))
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged():
+            raise UnsupportedError(f"{self._merged()} are merged; call unmerge_adapter() before {what}")
 
     def _parameters_of(self, names: Sequence[str]) -> list[nn.Parameter]:
         return [p for _, layer in inject.wrappers(self) for name in names for p in layer.adapter_parameters(name)]

@@ -1,7 +1,9 @@
 """An adapter's tensors: their names in a file (PEFT's, without adapter names) and in memory."""
 
+import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +64,24 @@ def embedding_keys(model: nn.Module) -> dict[str, str]:
     return keys
 
 
+def embeddings_were_resized(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether the vocabulary differs from that of the base on disk, whose embedding would then not fit the adapter.
+
+    A base that is not a directory here counts as not resized: nothing is asked of the Hub while saving.
+    """
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    now = getattr(getattr(model, "config", None), "vocab_size", None)
+    if now is None or not config.base_model_name_or_path or not path.is_file():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    return before is not None and before != now
+
+
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
-    save_embedding_layers: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of one adapter by the keys of a file; they share memory with the model.
 
@@ -74,13 +89,16 @@ def get_peft_model_state_dict(
         model: a `PeftModel`.
         state_dict: the model's state dict, when it was gathered from shards; default `model.state_dict()`.
         adapter_name: which adapter. Default "default".
-        save_embedding_layers: also the weights of the input embedding and the output head. Default False.
+        save_embedding_layers: also the weights of the input embedding and the output head. Default "auto": if the
+            vocabulary was resized (see `embeddings_were_resized`).
 
     Raises:
         TargetError: the model has no such adapter.
     """
     config = _config(model, adapter_name)
     keys = adapter_keys(model, adapter_name, config)
+    if save_embedding_layers == "auto":
+        save_embedding_layers = embeddings_were_resized(model, config)
     if save_embedding_layers:
         keys.update(embedding_keys(model))
     tensors = tensors_by_name(model) if state_dict is None else state_dict

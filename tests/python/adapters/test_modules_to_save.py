@@ -37,6 +37,14 @@ def test_without_an_active_or_enabled_adapter_the_original_answers() -> None:
     assert head.active_module is head.original_module
 
 
+def test_other_attributes_are_those_of_the_module_in_use() -> None:
+    head = wrapper()
+    assert head.weight is head.modules_to_save["a"].weight
+    assert head.out_features == 3
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = head.nothing_like_it
+
+
 def test_two_adapters_with_a_copy_each_cannot_both_be_active() -> None:
     head = wrapper()
     head.add_adapter("b")

@@ -210,11 +210,19 @@ def test_an_adapter_that_trains_biases_must_be_the_only_one() -> None:
         model.add_adapter("second", fl.LoraConfig(target_modules=["query"]))
 
 
-def test_a_failed_addition_leaves_the_model_as_it_was() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "norm"]},  # a type that LoRA does not adapt
+        {"target_modules": ["q_proj", "embed_tokens"], "lora_bias": True},  # refused by the embedding only
+        {"target_modules": ["o_proj"], "modules_to_save": ["q_proj"]},  # adapted by the first adapter
+    ],
+)
+def test_a_failed_addition_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
     model = adapted()
     before = [name for name, _ in model.named_modules()]
-    with pytest.raises(fl.TargetError):
-        model.add_adapter("second", config(target_modules=["q_proj", "norm"]))
+    with pytest.raises(fl.FerroloraError):
+        model.add_adapter("second", config(**options))
     assert [name for name, _ in model.named_modules()] == before
     assert list(model.peft_config) == ["default"]
 
@@ -340,6 +348,16 @@ def test_embeddings_are_saved_and_read_back_when_asked_for(tmp_path: Path) -> No
     assert torch.equal(logits(fl.PeftModel.from_pretrained(base, tmp_path)), logits(model))
 
 
+def test_resized_embeddings_are_saved_unasked(tmp_path: Path) -> None:
+    models.llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not any("embed" in key for key in fl.get_peft_model_state_dict(fl.get_peft_model(base, config())))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(models.VOCABULARY + 3, mean_resizing=False)
+    keys = fl.get_peft_model_state_dict(fl.get_peft_model(base, config()))
+    assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= keys.keys()
+
+
 def test_auto_model_loads_the_base_that_the_adapter_names(tmp_path: Path) -> None:
     models.llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -356,80 +374,17 @@ def test_auto_model_says_when_the_adapter_names_no_base(tmp_path: Path) -> None:
         fl.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
 
 
-# -- merging -----------------------------------------------------------------------------------------------------------
+def test_push_to_hub_uploads_an_adapter_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
 
+    def upload(directory: Path, repo_id: str, **options: Any) -> str:
+        uploaded.update(options, repo=repo_id, files=sorted(path.name for path in directory.iterdir()))
+        return "url"
 
-@pytest.mark.parametrize("maker", [models.llama, models.gpt2])
-def test_a_merged_model_answers_as_the_adapted_one(maker: Any) -> None:
-    model = fl.get_peft_model(maker(), fl.LoraConfig(init_lora_weights=False))
-    before = logits(model)
-    with model.disable_adapter():
-        distance = (logits(model) - before).abs().max()
-    merged = model.merge_and_unload()
-    assert type(merged) is type(maker())
-    # Merging re-associates (W + sBA)x for Wx + sBAx: a few roundings of 2^-24 of values of order 1 a layer
-    torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=0)
-    assert distance > 1e-2
-
-
-def test_merge_and_unmerge_restore_every_parameter_bit_for_bit() -> None:
-    model = adapted()
-    before, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    for _ in range(3):
-        model.merge_adapter()
-        model.unmerge_adapter()
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert torch.equal(logits(model), before)
-
-
-def test_disabling_a_merged_model_gives_the_base_and_merges_again() -> None:
-    base = models.llama()
-    expected = logits(base)
-    model = fl.get_peft_model(base, config())
-    model.merge_adapter()
-    merged = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(model), merged)
-
-
-def test_unload_gives_back_the_very_base() -> None:
-    base = models.llama()
-    expected = copy.deepcopy(base)
-    restored = fl.get_peft_model(base, config(modules_to_save=["lm_head"])).unload()
-    assert restored is base
-    assert str(restored) == str(expected)
-    assert torch.equal(logits(restored), logits(expected))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_merge_can_be_asked_for_in_16_or_32_bits(dtype: torch.dtype) -> None:
-    merged = adapted().merge_and_unload(dtype=dtype)
-    assert {p.dtype for p in merged.parameters()} == {dtype}
-    assert logits(merged).dtype == dtype
-
-
-def test_a_merge_into_8_bits_is_refused() -> None:
-    with pytest.raises(fl.UnsupportedError, match=r"dtype=torch\.int8"):
-        adapted().merge_and_unload(dtype=torch.int8)
-
-
-def test_trained_modules_take_the_place_of_the_originals_in_a_merge() -> None:
-    model = adapted(modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.get_output_embeddings().weight.add_(1)
-    before = logits(model)
-    merged = model.merge_and_unload()
-    assert type(merged.lm_head) is nn.Linear
-    # the head sums 32 terms of order 1 over a hidden state that merging changed by a few roundings
-    torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=0)
-
-
-def test_a_merge_into_a_tied_head_is_not_tied_again_on_loading(tmp_path: Path) -> None:
-    model = fl.get_peft_model(models.llama(tie_word_embeddings=True), config(target_modules=["lm_head"]))
-    embedding = model.get_input_embeddings().weight.detach().clone()
-    merged = model.merge_and_unload()
-    assert torch.equal(merged.get_input_embeddings().weight, embedding)
-    merged.save_pretrained(tmp_path)
-    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
+    monkeypatch.setattr("ferrolora.io.hub.upload_directory", upload)
+    assert adapted().push_to_hub("me/adapter", private=True) == "url"
+    assert uploaded == {
+        "private": True,
+        "repo": "me/adapter",
+        "files": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+    }
