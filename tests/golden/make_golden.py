@@ -142,10 +142,8 @@ def int8() -> Iterator[Record]:
     for rows, columns in ((4, 33), (48, 5), (3, 64)):
         for dtype_name, dtype in FLOATS.items():
             x = torch.randn(rows, columns, generator=generator).to(dtype)
-            if columns > 2:
-                x[:, 1] = (
-                    x.abs().amax(dim=1) / 2
-                )  # scales to 63.5, a tie, or to its neighbour by the order of operations
+            # Scales to 63.5, a tie, or beside it by the order of operations.
+            x[:, 1] = x.abs().amax(dim=1) / 2
             codes, scale = rule.quantize_int8(x)
             their_codes, their_scale, _ = bnb.functional.int8_vectorwise_quant(x.clone())
             their_values = bnb.functional.int8_vectorwise_dequant(their_codes, their_scale)
