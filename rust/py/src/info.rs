@@ -12,7 +12,7 @@ fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
-/// Instruction set of the kernels: the best of this machine, or the one FERROLORA_ISA names.
+/// Instruction set of the kernels: the best of this machine, or the one `FERROLORA_ISA` names.
 #[pyfunction]
 fn isa(py: Python<'_>) -> PyResult<&'static str> {
     IsaKind::detect().map(IsaKind::name).map_err(|error| map(py, &error))

@@ -53,7 +53,7 @@ fn rows(numel: usize, cols: usize) -> usize {
 
 /// Rank of `lora_a [r, K]` and `lora_b [N, r]`, whichever side has elements.
 fn rank(lora_a: &Floats<'_>, lora_b: &Floats<'_>, n: usize, k: usize) -> usize {
-    if k > 0 { lora_a.len() / k } else { rows(lora_b.len(), n) }
+    lora_a.len().checked_div(k).unwrap_or_else(|| rows(lora_b.len(), n))
 }
 
 /// Writes `y = x·deq(W)ᵀ + bias`.
@@ -179,14 +179,14 @@ impl<'a> Gradient<'a> {
     }
 }
 
-/// Writes what is not None of dx, `da [r, K]` and `db [N, r]`.
+/// Writes what is not None of dx, `da [r, K]` and `db [N, r]`. Only da needs x, only db needs s.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn linear_lora_backward<'py>(
     py: Python<'py>,
     dy: Tensor<'py>,
-    x: Tensor<'py>,
-    s: Tensor<'py>,
+    x: Option<Tensor<'py>>,
+    s: Option<Tensor<'py>>,
     codes: Tensor<'py>,
     absmax: Tensor<'py>,
     nested_absmax: Option<Tensor<'py>>,
@@ -207,17 +207,21 @@ fn linear_lora_backward<'py>(
 ) -> PyResult<()> {
     let scales = StoredScales::new(absmax, nested_absmax, offset)?;
     let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
-    let (dy, x, s) = (Buffer::new(dy, "dy")?, Buffer::new(x, "x")?, Buffer::new(s, "s")?);
+    let dy = Buffer::new(dy, "dy")?;
+    let x = x.map(|t| Buffer::new(t, "x")).transpose()?;
+    let s = s.map(|t| Buffer::new(t, "s")).transpose()?;
     let (lora_a, lora_b) = (Buffer::new(lora_a, "lora_A")?, Buffer::new(lora_b, "lora_B")?);
     let mut dx = dx.map(|t| Buffer::new(t, "dx")).transpose()?;
     let mut da = da.map(|t| Buffer::new(t, "da")).transpose()?;
     let mut db = db.map(|t| Buffer::new(t, "db")).transpose()?;
-    let (dy, x, s) = (dy.floats(py)?, x.floats(py)?, s.floats(py)?);
+    let dy = dy.floats(py)?;
+    let x = x.as_ref().map(|b| b.floats(py)).transpose()?;
+    let s = s.as_ref().map(|b| b.floats(py)).transpose()?;
     let (lora_a, lora_b) = (lora_a.floats(py)?, lora_b.floats(py)?);
     let dx = dx.as_mut().map(|b| b.floats_mut(py)).transpose()?;
     let da = da.as_mut().map(|b| b.floats_mut(py)).transpose()?;
     let db = db.as_mut().map(|b| b.floats_mut(py)).transpose()?;
-    let m = if n > 0 { rows(dy.len(), n) } else { rows(x.len(), k) };
+    let m = if n > 0 { rows(dy.len(), n) } else { x.map_or(0, |x| rows(x.len(), k)) };
     with_weight!(py, weight, weight => {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;

@@ -79,8 +79,8 @@ impl<E: Element> Op for QuantizeChunk<'_, E> {
         isa.vectorize(
             #[inline(always)]
             || match self.spec.quant_type() {
-                QuantType::Nf4 => self.blocks(isa, Nf4Encoder::new(isa)),
-                QuantType::Fp4 => self.blocks(isa, Fp4Encoder::new(isa)),
+                QuantType::Nf4 => self.blocks(isa, &Nf4Encoder::new(isa)),
+                QuantType::Fp4 => self.blocks(isa, &Fp4Encoder::new(isa)),
             },
         )
     }
@@ -88,7 +88,7 @@ impl<E: Element> Op for QuantizeChunk<'_, E> {
 
 impl<E: Element> QuantizeChunk<'_, E> {
     #[inline(always)]
-    fn blocks<I: Isa>(self, isa: I, encoder: impl Encoder<I>) -> bool {
+    fn blocks<I: Isa>(self, isa: I, encoder: &impl Encoder<I>) -> bool {
         let block_size = self.spec.block_size();
         let zero = self.spec.quant_type().zero_code();
         let blocks = self.src.chunks(block_size).zip(self.codes.chunks_mut(block_size / 2)).zip(self.absmax);
@@ -97,7 +97,7 @@ impl<E: Element> QuantizeChunk<'_, E> {
             let bits = absmax_bits(isa, src);
             largest = largest.max(bits);
             *absmax = f32::from_bits(bits.cast_unsigned());
-            encode_block(isa, &encoder, src, 1.0 / absmax.max(SMALLEST_ABSMAX), zero, codes);
+            encode_block(isa, encoder, src, 1.0 / absmax.max(SMALLEST_ABSMAX), zero, codes);
         }
         largest < INFINITY_BITS
     }

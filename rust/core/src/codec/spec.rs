@@ -13,7 +13,7 @@ pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// A 4-bit data type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QuantType {
-    /// 4-bit NormalFloat.
+    /// 4-bit normal float.
     Nf4,
     /// 4-bit float.
     Fp4,

@@ -26,7 +26,11 @@ fn values(numel: usize, seed: u32) -> Vec<f32> {
     };
     (0..numel)
         .map(|_| {
-            if next() % 31 == 0 { 0.0 } else { (next() as f32 / 4.3e9 - 0.5) * 10.0_f32.powi((next() % 5) as i32 - 2) }
+            if next() % 31 == 0 {
+                0.0
+            } else {
+                (next() as f32 / 4.3e9 - 0.5) * 10.0_f32.powi((next() % 5).cast_signed() - 2)
+            }
         })
         .collect()
 }

@@ -41,10 +41,10 @@ pub struct Gradients<'a> {
 pub struct LoraGradients<'a> {
     /// The branch.
     pub lora: &'a LowRank,
-    /// x `[M, K]` of the forward pass, in the type of dY.
-    pub x: Floats<'a>,
-    /// S `[M, r]` of the forward pass, in the type of dY.
-    pub s: Floats<'a>,
+    /// x `[M, K]` of the forward pass, in the type of dY. Only dA needs it.
+    pub x: Option<Floats<'a>>,
+    /// S `[M, r]` of the forward pass, in the type of dY. Only dB needs it.
+    pub s: Option<Floats<'a>>,
     /// dA `[r, K]`, float32.
     pub da: Option<&'a mut [f32]>,
     /// dB `[N, r]`, float32.
@@ -64,13 +64,13 @@ pub fn backward(exec: &Exec, rows: usize, dy: Floats<'_>, weight: &Weight<'_>, g
     }
     if let Some(branch) = &gradients.lora {
         branch.lora.check(weight)?;
-        check_len("x", rows * k, branch.x.len())?;
-        check_len("s", rows * branch.lora.rank, branch.s.len())?;
         if let Some(da) = &branch.da {
             check_len("da", branch.lora.a.len(), da.len())?;
+            check_len("x", rows * k, branch.x.map_or(0, |x| x.len()))?;
         }
         if let Some(db) = &branch.db {
             check_len("db", branch.lora.b.len(), db.len())?;
+            check_len("s", rows * branch.lora.rank, branch.s.map_or(0, |s| s.len()))?;
         }
     }
     with_floats!(Floats, dy, dy => typed(exec, rows, dy, weight, gradients))
@@ -82,8 +82,8 @@ fn typed<E: Element>(exec: &Exec, rows: usize, dy: &[E], weight: &Weight<'_>, gr
         None => None,
         Some(branch) => Some(Branch {
             lora: branch.lora,
-            x: like(dy, "dy", "x", branch.x)?,
-            s: like(dy, "dy", "s", branch.s)?.iter().map(|v| v.to_f32()).collect(),
+            x: branch.x.map(|x| like(dy, "dy", "x", x)).transpose()?.unwrap_or_default(),
+            s: branch.s.map(|s| like(dy, "dy", "s", s)).transpose()?.unwrap_or_default(),
             da: branch.da,
             db: branch.db,
         }),
@@ -95,7 +95,7 @@ fn typed<E: Element>(exec: &Exec, rows: usize, dy: &[E], weight: &Weight<'_>, gr
 struct Branch<'a, E> {
     lora: &'a LowRank,
     x: &'a [E],
-    s: Vec<f32>,
+    s: &'a [E],
     da: Option<&'a mut [f32]>,
     db: Option<&'a mut [f32]>,
 }
@@ -417,7 +417,8 @@ impl<E: Element> Branch<'_, E> {
             let width = columns_per_task(dy.cols);
             let parts: Vec<_> = db.chunks_mut(width * rank).collect();
             let scaling = self.lora.scaling;
-            over_rows(isa, threads, (&self.s, rank), dy, (rows, width), parts, |part, cols, db: &mut [f32]| {
+            let s: Vec<f32> = self.s.iter().map(|v| v.to_f32()).collect();
+            over_rows(isa, threads, (&s, rank), dy, (rows, width), parts, |part, cols, db: &mut [f32]| {
                 for (c, line) in db.chunks_mut(rank).enumerate() {
                     for (i, value) in line.iter_mut().enumerate() {
                         *value = scaling * part.get::<I>(i, c, cols);

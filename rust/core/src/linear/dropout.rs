@@ -32,23 +32,31 @@ fn blocks(seed: u64, row: u64, first: u64) -> [[u32; WIDTH]; 4] {
         [(row >> 32) as u32; WIDTH],
     ];
     for _ in 0..10 {
-        for i in 0..WIDTH {
-            let p0 = MULTIPLIERS[0] * u64::from(c[0][i]);
-            let p1 = MULTIPLIERS[1] * u64::from(c[2][i]);
-            let next0 = (p1 >> 32) as u32 ^ c[1][i] ^ key[0];
-            let next2 = (p0 >> 32) as u32 ^ c[3][i] ^ key[1];
-            (c[0][i], c[1][i], c[2][i], c[3][i]) = (next0, p1 as u32, next2, p0 as u32);
+        let [c0, c1, c2, c3] = &mut c;
+        for (((c0, c1), c2), c3) in c0.iter_mut().zip(c1).zip(c2).zip(c3) {
+            let p0 = MULTIPLIERS[0] * u64::from(*c0);
+            let p1 = MULTIPLIERS[1] * u64::from(*c2);
+            *c0 = (p1 >> 32) as u32 ^ *c1 ^ key[0];
+            *c1 = p1 as u32;
+            *c2 = (p0 >> 32) as u32 ^ *c3 ^ key[1];
+            *c3 = p0 as u32;
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     c
 }
 
+/// `p · 2³²`, rounded down.
+#[inline(always)]
+#[allow(clippy::cast_sign_loss)] // A `Dropout` has p of at least 0.
+fn threshold(p: f32) -> u32 {
+    (f64::from(p) * 4_294_967_296.0) as u32
+}
+
 /// Multiplies `values`, which are columns `col ..` of row `row`, by their mask: 0 or `1 / (1 - p)`.
 #[inline(always)]
 pub(super) fn apply(dropout: Dropout, row: usize, col: usize, values: &mut [f32]) {
-    // Exact: p has 24 bits, the product is below 2^32.
-    let threshold = (f64::from(dropout.p()) * 4_294_967_296.0) as u32;
+    let threshold = threshold(dropout.p());
     let keep = 1.0 / (1.0 - dropout.p());
     let mut col = col;
     let mut rest = values;

@@ -1,9 +1,9 @@
 //! Filling slivers and panels: copying, widening, transposing, and decoding the weight on the way.
 
-use super::dropout;
 use super::lora::Dropout;
 use super::tile::{DEPTH, width_for};
 use super::weight::Weight;
+use super::{dropout, scratch};
 use crate::dtype::{Element, widen};
 use crate::simd::{Isa, LANES};
 
@@ -53,25 +53,30 @@ pub(super) fn transpose<I: Isa, E: Element>(
     /// cache set.
     const STRIDE: usize = DEPTH + LANES;
     let tile = super::tile::cols::<I>();
-    let mut staging = [0.0_f32; 2 * LANES * STRIDE];
-    let mut rest = out;
-    for first in (0..rows).step_by(tile) {
-        let width = width_for::<I>(rows - first);
-        let (panel, after) = rest.split_at_mut(depth * width);
-        for (j, staged) in staging.chunks_mut(STRIDE).take(width).enumerate() {
-            if first + j < rows {
-                source.read(isa, first + j, col, &mut staged[..depth]);
-            } else {
-                staged[..depth].fill(0.0);
+    scratch::with(
+        tile * STRIDE,
+        #[inline(always)]
+        |staging| {
+            let mut rest = out;
+            for first in (0..rows).step_by(tile) {
+                let width = width_for::<I>(rows - first);
+                let (panel, after) = rest.split_at_mut(depth * width);
+                for (j, staged) in staging.chunks_mut(STRIDE).take(width).enumerate() {
+                    if first + j < rows {
+                        source.read(isa, first + j, col, &mut staged[..depth]);
+                    } else {
+                        staged[..depth].fill(0.0);
+                    }
+                }
+                for (k, line) in panel.chunks_mut(width).enumerate() {
+                    for (j, value) in line.iter_mut().enumerate() {
+                        *value = staging[j * STRIDE + k];
+                    }
+                }
+                rest = after;
             }
-        }
-        for (k, line) in panel.chunks_mut(width).enumerate() {
-            for (j, value) in line.iter_mut().enumerate() {
-                *value = staging[j * STRIDE + k];
-            }
-        }
-        rest = after;
-    }
+        },
+    );
 }
 
 /// Decodes rows `row ..` of the weight, columns `col .. col + depth`, into a sliver; rows past the last

@@ -79,15 +79,12 @@ impl Stored {
             }
         }
         let mut dense = vec![0.0; n * k];
-        match stored.packed(n * k) {
-            Some(packed) => {
-                let absmax: Vec<f32> = (0..packed.spec().blocks(n * k)).map(|i| packed.scales().get(i)).collect();
-                dense = reference::dequantize_4bit(&stored.codes, &absmax, packed.spec(), n * k);
-            }
-            None => {
-                let matrix = int8::Int8Matrix::new(&stored.int8, &stored.absmax, n, k).expect("fits");
-                int8::dequantize_int8(&exec, &matrix, FloatsMut::F32(&mut dense)).expect("fits");
-            }
+        if let Some(packed) = stored.packed(n * k) {
+            let absmax: Vec<f32> = (0..packed.spec().blocks(n * k)).map(|i| packed.scales().get(i)).collect();
+            dense = reference::dequantize_4bit(&stored.codes, &absmax, packed.spec(), n * k);
+        } else {
+            let matrix = int8::Int8Matrix::new(&stored.int8, &stored.absmax, n, k).expect("fits");
+            int8::dequantize_int8(&exec, &matrix, FloatsMut::F32(&mut dense)).expect("fits");
         }
         stored.dense = dense;
         stored
@@ -199,8 +196,8 @@ impl<E: Typed> Case<E> {
         forward(exec, m, E::wrap(&self.x), &weight, bias, lora.as_ref(), E::wrap_mut(&mut out.y), s).expect("fits");
         let branch = lora.as_ref().map(|lora| LoraGradients {
             lora,
-            x: E::wrap(&self.x),
-            s: E::wrap(&out.s),
+            x: Some(E::wrap(&self.x)),
+            s: Some(E::wrap(&out.s)),
             da: Some(&mut out.da),
             db: Some(&mut out.db),
         });
@@ -356,8 +353,8 @@ fn gradients_that_are_not_asked_for_are_not_needed() {
     let all = case.run(&exec);
     let (weight, lora) = (case.stored.weight(30, 64), case.lora().expect("r > 0"));
     let mut db = vec![f32::NAN; 120];
-    let (x, s) = (Floats::F32(&case.x), Floats::F32(&all.s));
-    let branch = LoraGradients { lora: &lora, x, s, da: None, db: Some(&mut db) };
+    let s = Some(Floats::F32(&all.s));
+    let branch = LoraGradients { lora: &lora, x: None, s, da: None, db: Some(&mut db) };
     backward(&exec, 20, Floats::F32(&case.dy), &weight, Gradients { dx: None, lora: Some(branch) }).expect("fits");
     assert_eq!(db, all.db);
 }

@@ -1,6 +1,8 @@
 //! AVX2 with FMA and F16C: two 256-bit registers hold the sixteen lanes.
 #![allow(unsafe_code)]
 
+// Every name here is an intrinsic; a list of eighty would say no more.
+#[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
@@ -280,9 +282,9 @@ impl Isa for Avx2 {
                     0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                 );
                 let picked = _mm256_shuffle_epi8(joined, pick);
-                let first = _mm256_extract_epi16::<0>(picked) as u16;
-                let second = _mm256_extract_epi16::<8>(picked) as u16;
-                u32::from(first) | (u32::from(second) << 16)
+                let first = _mm256_extract_epi16::<0>(picked);
+                let second = _mm256_extract_epi16::<8>(picked);
+                (first | (second << 16)).cast_unsigned()
             },
         );
         (u64::from(low) | (u64::from(high) << 32)).to_le_bytes()

@@ -1,6 +1,8 @@
 //! AVX-512 F, BW, DQ and VL: one 512-bit register holds the sixteen lanes.
 #![allow(unsafe_code)]
 
+// Every name here is an intrinsic; a list of eighty would say no more.
+#[allow(clippy::wildcard_imports)]
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};

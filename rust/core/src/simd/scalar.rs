@@ -117,7 +117,7 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn lookup(self, table: Self::Table, index: Self::I) -> Self::F {
-        index.map(|i| table[(i & 15) as usize])
+        index.map(|i| table[(i & 15).cast_unsigned() as usize])
     }
     #[inline(always)]
     fn nibbles(self, src: &[u8; 8]) -> Self::I {
@@ -129,6 +129,6 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
-        from_fn(|i| ((codes[2 * i] << 4) | codes[2 * i + 1]) as u8)
+        from_fn(|i| ((codes[2 * i] << 4) | codes[2 * i + 1]).cast_unsigned() as u8)
     }
 }

@@ -32,7 +32,7 @@ impl Map {
             // float64 power of ten. Any other order of roundings differs in last bits.
             let points = linspace_f32(0.1, 1.0, intervals + 1);
             for pair in points.windows(2) {
-                let mean = (pair[0] + pair[1]) / 2.0;
+                let mean = f32::midpoint(pair[0], pair[1]);
                 let value = (10.0_f64.powi(i - 6) as f32) * mean;
                 values.extend([value, -value]);
             }

@@ -1,4 +1,4 @@
-//! 4-bit NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+//! 4-bit normal float, NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 //!
 //! Quantiles of N(0, 1) from offset 0.9677083 = 1 - ½(1/32 + 1/30): eight positive, seven negative, and
 //! zero, divided by the largest. A test derives them again.

@@ -47,7 +47,7 @@ fn nf4_is_the_normal_quantiles_divided_by_the_largest() {
 #[test]
 fn nf4_thresholds_are_the_float32_midpoints() {
     for (i, pair) in nf4::VALUES.windows(2).enumerate() {
-        assert_eq!(nf4::THRESHOLDS[i].to_bits(), ((pair[0] + pair[1]) / 2.0).to_bits(), "threshold {i}");
+        assert_eq!(nf4::THRESHOLDS[i].to_bits(), f32::midpoint(pair[0], pair[1]).to_bits(), "threshold {i}");
     }
     assert!(nf4::THRESHOLDS[15].is_infinite());
     assert_eq!(nf4::VALUES[nf4::ZERO_CODE as usize].to_bits(), 0);
