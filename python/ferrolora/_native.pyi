@@ -2,6 +2,25 @@
 
 from torch import Tensor
 
+__all__ = [
+    "available_isas",
+    "codebook",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_int8",
+    "double_quantize",
+    "dropout_mask",
+    "isa",
+    "linear",
+    "linear_backward",
+    "linear_lora",
+    "linear_lora_backward",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_int8",
+    "version",
+]
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def version() -> str: ...
