@@ -105,8 +105,8 @@ def linear_backward(
 ) -> None: ...
 def linear_lora_backward(
     dy: Tensor,
-    x: Tensor,
-    s: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,

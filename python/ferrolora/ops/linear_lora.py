@@ -133,13 +133,10 @@ def _cpu_backward(
     weight = (codes, absmax, nested_absmax, offset)
     problem = (quant_type, block_size, n, k)
     dx, da, db = _fake_backward(dy, x, s, *weight, *problem, lora_a, lora_b, scaling, dropout_p, seed, needs)
-    # The kernel uses x for dA only and S for dB only, but always checks their sizes.
-    x = dy.new_empty((*dy.shape[:-1], k)) if x is None else x
-    s = dy.new_zeros((*dy.shape[:-1], lora_a.shape[0])) if s is None else s
     _native.linear_lora_backward(
         dy.contiguous().view(-1, n),
-        x.contiguous().view(-1, k),
-        s.contiguous().view(-1, lora_a.shape[0]),
+        None if x is None else x.contiguous().view(-1, k),
+        None if s is None else s.contiguous().view(-1, lora_a.shape[0]),
         *native_weight(*weight),
         *problem,
         lora_a.contiguous(),

@@ -3,9 +3,9 @@
 
 use ferrolora_core::dtype::{Floats, FloatsMut};
 use half::{bf16, f16};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::{intern, types::PyString};
 
 use crate::error::raise;
 
@@ -58,11 +58,10 @@ fn kind_of(tensor: &Bound<'_, PyAny>, what: &'static str) -> PyResult<Kind> {
 
 fn on_cpu(tensor: &Bound<'_, PyAny>, what: &'static str) -> PyResult<()> {
     let py = tensor.py();
-    let device = tensor.getattr(intern!(py, "device"))?;
-    let kind = device.getattr(intern!(py, "type"))?;
-    if kind.cast::<PyString>()?.to_str()? == "cpu" {
+    if tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
         return Ok(());
     }
+    let device = tensor.getattr(intern!(py, "device"))?;
     Err(raise(py, "UnsupportedError", format!("{what}: the CPU kernels take CPU tensors, got one on {device}")))
 }
 

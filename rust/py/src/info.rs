@@ -33,7 +33,7 @@ fn codebook(py: Python<'_>, name: &str) -> PyResult<Vec<f32>> {
         "dynamic8" => Ok(dynamic8::map().values.to_vec()),
         other => {
             let message = format!("codebook must be one of nf4, fp4, dynamic8, got {other:?}");
-            Err(raise(py, "QuantizationError", message))
+            Err(raise(py, "UnsupportedError", message))
         }
     }
 }
