@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # tests/tiny, the small models
+
 HEAVY = ("transformers", "accelerate", "matplotlib", "typer", "rich", "peft", "bitsandbytes")
 
 
@@ -37,35 +39,16 @@ def check_codec() -> None:
     assert ((packed.dequantize() - weight).abs() <= 0.152 * scale).all()
 
 
-def tiny_model() -> torch.nn.Module:
-    """A two-layer Llama with 4-bit linears and a rank-4 LoRA over each of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import ferrolora as fl
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=32,
-    )
-    model = LlamaForCausalLM(config)
-    fl.quantize_model(model, fl.QuantSpec(), skip_modules=["lm_head"])
-    return model
-
-
 def check_training() -> None:
     """LoRA over the 4-bit base learns a constant sequence, and its files give the same logits again."""
     import ferrolora as fl
+    from tiny.models import llama
 
-    base = tiny_model()
+    torch.manual_seed(0)
+    base = fl.quantize_model(llama(), fl.QuantSpec(), skip_modules=["lm_head"])
     plain = copy.deepcopy(base)
-    model = fl.get_peft_model(
-        base, fl.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    config = fl.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = fl.get_peft_model(base, config)
     tokens = torch.arange(16).repeat(2, 1)  # (B, T)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -83,10 +66,17 @@ def check_training() -> None:
 
 
 def check_command() -> None:
-    """The installed command prints its help."""
+    """The installed command trains on a text file: Trainer, progress bars and the loss curve as well."""
+    from tiny.folders import save
+    from tiny.models import llama
+
     command = Path(sys.executable).with_name("ferrolora")
-    text = subprocess.run([command, "--help"], check=True, capture_output=True, text=True).stdout
-    assert "quantize" in text, text
+    with tempfile.TemporaryDirectory() as folder:
+        model, data, out = save(llama(), Path(folder) / "model"), Path(folder) / "a.txt", Path(folder) / "out"
+        data.write_text("the cat sat on the mat.\n" * 20)
+        subprocess.run([command, "train", model, "--data", data, "--output", out, "--max-length", "32"], check=True)
+        written = {path.name for path in out.iterdir()}
+        assert written >= {"adapter_config.json", "adapter_model.safetensors", "log.json", "loss.png"}, written
 
 
 def main() -> None:
