@@ -29,8 +29,8 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Keys of one quantized linear after its module's name. Source: the checkpoint format of bitsandbytes 0.50.
+# "weight" comes last: up to transformers 5.20 the first that is found in a key is taken for it.
 SERIALIZED_NAMES = [
-    "weight",
     "weight.absmax",
     "weight.quant_map",
     "weight.nested_absmax",
@@ -39,6 +39,7 @@ SERIALIZED_NAMES = [
     "weight.quant_state.bitsandbytes__fp4",
     "SCB",
     "weight_format",
+    "weight",
 ]
 
 
@@ -99,7 +100,6 @@ class FerroloraQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FerroloraConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.serialized_names = {"weight": SERIALIZED_NAMES}
         self._targets: frozenset[str] = frozenset()
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
@@ -141,11 +141,28 @@ class FerroloraQuantizer(HfQuantizer):
 
         return QuantizeWeight(self.quantization_config)
 
-    def get_load_operations(self) -> dict[str, Any]:
+    def get_weight_conversions(self) -> list[Any]:
         """The step that turns the tensors of one quantized linear into a `QuantLinear`."""
+        from transformers.core_model_loading import WeightConverter
+
         from ferrolora.integrations.weight_conversion import ReadQuantized
 
-        return {"deserialize": lambda _: ReadQuantized(self.quantization_config)}
+        if not self.pre_quantized:
+            return []
+        steps = [ReadQuantized(self.quantization_config)]
+        return [WeightConverter(list(SERIALIZED_NAMES), ["weight"], operations=steps)]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from ferrolora.integrations.weight_conversion import ReadQuantized
+
+        # Saving undoes the conversions that loading used; a quantized layer's state dict is already as the file is.
+        used = getattr(model, "_weight_conversions", None)
+        if used is not None:
+            ours = [
+                step for step in used if any(isinstance(op, ReadQuantized) for op in getattr(step, "operations", ()))
+            ]
+            model._weight_conversions = [step for step in used if step not in ours]
+        return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Leave the tensors of quantized weights as stored; ReadQuantized casts the plain ones it is given."""

@@ -80,26 +80,6 @@ class ReadQuantized(ConversionOps):
         _install(model, name, QuantLinear.from_quant_tensor(qt, layer.bias), self._config)
         return {full_layer_name: model.get_parameter(full_layer_name)}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Saving writes a quantized layer's tensors as its state dict names them."""
-        return KeepAsIs()
-
-
-class KeepAsIs(ConversionOps):
-    """Passes a tensor through."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
-    ) -> dict[str, Any]:
-        """The input itself."""
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Itself."""
-        return self
-
 
 def _shape(layer: Any) -> tuple[int, int]:
     rows, columns = layer.weight.shape
