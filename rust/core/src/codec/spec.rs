@@ -123,6 +123,28 @@ impl Scales<'_> {
         }
     }
 
+    /// Absmax of the blocks from `first`, decoded: [`Scales::get`] for each.
+    #[inline(always)]
+    pub(crate) fn decode(&self, first: usize, out: &mut [f32]) {
+        match *self {
+            Self::Plain(absmax) => out.copy_from_slice(&absmax[first..][..out.len()]),
+            Self::Double { codes, nested_absmax, offset } => {
+                let values = &dynamic8::map().values;
+                let (mut first, mut rest) = (first, out);
+                while !rest.is_empty() {
+                    let nested = first / NESTED_BLOCK_SIZE;
+                    let count = ((nested + 1) * NESTED_BLOCK_SIZE - first).min(rest.len());
+                    let (now, after) = rest.split_at_mut(count);
+                    let scale = nested_absmax[nested];
+                    for (value, code) in now.iter_mut().zip(&codes[first..][..count]) {
+                        *value = values[usize::from(*code)] * scale + offset;
+                    }
+                    (first, rest) = (first + count, after);
+                }
+            }
+        }
+    }
+
     fn check(&self, blocks: usize) -> Result<()> {
         match *self {
             Self::Plain(absmax) => check_len("absmax", blocks, absmax.len()),

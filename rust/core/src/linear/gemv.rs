@@ -184,17 +184,25 @@ impl<E: Element> Columns<'_, E> {
     /// multiply-adds overlap.
     #[inline(always)]
     fn whole_blocks<I: Isa>(&self, isa: I, packed: &Packed<'_>, x: &[f32], count: usize, sums: &mut [[f32; TASK]; 8]) {
+        // Rows of the weight at a time: enough chains to hide the latency of a multiply-add, and for more
+        // rows of x enough uses of each load of x, which comes from the second-level cache.
         match (self.problem.rows, I::WIDE) {
-            (1, true) => self.row_groups::<I, 1, 4>(isa, packed, x, count, sums),
-            (1, false) => self.row_groups::<I, 1, 2>(isa, packed, x, count, sums),
+            (1, true) => self.row_groups::<I, 1, 8>(isa, packed, x, count, sums),
             (2, true) => self.row_groups::<I, 2, 4>(isa, packed, x, count, sums),
+            (3, true) => self.row_groups::<I, 3, 4>(isa, packed, x, count, sums),
+            (4, true) => self.row_groups::<I, 4, 4>(isa, packed, x, count, sums),
+            (5, true) => self.row_groups::<I, 5, 2>(isa, packed, x, count, sums),
+            (6, true) => self.row_groups::<I, 6, 2>(isa, packed, x, count, sums),
+            (7, true) => self.row_groups::<I, 7, 2>(isa, packed, x, count, sums),
+            (_, true) => self.row_groups::<I, 8, 2>(isa, packed, x, count, sums),
+            (1, false) => self.row_groups::<I, 1, 2>(isa, packed, x, count, sums),
             (2, false) => self.row_groups::<I, 2, 1>(isa, packed, x, count, sums),
-            (3, _) => self.row_groups::<I, 3, 2>(isa, packed, x, count, sums),
-            (4, _) => self.row_groups::<I, 4, 2>(isa, packed, x, count, sums),
-            (5, _) => self.row_groups::<I, 5, 1>(isa, packed, x, count, sums),
-            (6, _) => self.row_groups::<I, 6, 1>(isa, packed, x, count, sums),
-            (7, _) => self.row_groups::<I, 7, 1>(isa, packed, x, count, sums),
-            _ => self.row_groups::<I, 8, 1>(isa, packed, x, count, sums),
+            (3, false) => self.row_groups::<I, 3, 1>(isa, packed, x, count, sums),
+            (4, false) => self.row_groups::<I, 4, 1>(isa, packed, x, count, sums),
+            (5, false) => self.row_groups::<I, 5, 1>(isa, packed, x, count, sums),
+            (6, false) => self.row_groups::<I, 6, 1>(isa, packed, x, count, sums),
+            (7, false) => self.row_groups::<I, 7, 1>(isa, packed, x, count, sums),
+            (_, false) => self.row_groups::<I, 8, 1>(isa, packed, x, count, sums),
         }
     }
 
@@ -208,23 +216,32 @@ impl<E: Element> Columns<'_, E> {
         sums: &mut [[f32; TASK]; 8],
     ) {
         let k = self.problem.weight.in_features();
-        for j in (0..count).step_by(R) {
-            // The last group may reach past the range: its extra rows repeat the last one.
-            let rows: [usize; R] = std::array::from_fn(
-                #[inline(always)]
-                |r| self.n0 + (j + r).min(count - 1),
-            );
-            let dots = whole_block_dots::<I, M, R>(isa, packed, x, k, rows);
-            for (m, dots) in dots.into_iter().enumerate() {
-                for (r, value) in dots.into_iter().enumerate().take(count - j) {
-                    sums[m][j + r] = value;
+        let blocks = k / packed.spec().block_size();
+        scratch::with(
+            R * blocks,
+            #[inline(always)]
+            |scales| {
+                for j in (0..count).step_by(R) {
+                    // The last group may reach past the range: its extra rows repeat the last one.
+                    let mut rows = [0; R];
+                    for (r, row) in rows.iter_mut().enumerate() {
+                        *row = self.n0 + (j + r).min(count - 1);
+                        packed.scales().decode(*row * blocks, &mut scales[r * blocks..][..blocks]);
+                    }
+                    let dots = whole_block_dots::<I, M, R>(isa, packed, x, k, rows, scales);
+                    for m in 0..M {
+                        for r in 0..R.min(count - j) {
+                            sums[m][j + r] = dots[m][r];
+                        }
+                    }
                 }
-            }
-        }
+            },
+        );
     }
 }
 
-/// `Σ_k W[rows[r], k] · x[m, k]` for rows that are whole blocks; x as [`widen_rows`] splits it.
+/// `Σ_k W[rows[r], k] · x[m, k]` for rows that are whole blocks, with their scales one row after another;
+/// x as [`widen_rows`] splits it.
 #[inline(always)]
 fn whole_block_dots<I: Isa, const M: usize, const R: usize>(
     isa: I,
@@ -232,47 +249,49 @@ fn whole_block_dots<I: Isa, const M: usize, const R: usize>(
     x: &[f32],
     k: usize,
     rows: [usize; R],
+    scales: &[f32],
 ) -> [[f32; R]; M] {
-    let block_size = packed.spec().block_size();
+    let groups_per_block = packed.spec().block_size() / GROUP;
+    let (groups, blocks) = (k / GROUP, k / packed.spec().block_size());
     let table = isa.table(packed.spec().quant_type().values());
-    let bytes: [&[[u8; LANES]]; R] = rows.map(
-        #[inline(always)]
-        |row| packed.codes()[row * k / 2..][..k / 2].as_chunks().0,
-    );
-    let x: [&[[f32; GROUP]]; M] = std::array::from_fn(
-        #[inline(always)]
-        |m| x[m * k..][..k].as_chunks().0,
-    );
-    let mut even = [[isa.splat(0.0); R]; M];
-    let mut odd = even;
-    let groups = block_size / GROUP;
-    for block in 0..k / block_size {
-        let tables: [I::Table; R] = rows.map(
-            #[inline(always)]
-            |row| isa.scale_table(table, packed.scales().get(row * (k / block_size) + block)),
-        );
-        for group in block * groups..(block + 1) * groups {
-            let x: [&[[f32; LANES]]; M] = std::array::from_fn(
-                #[inline(always)]
-                |m| x[m][group].as_chunks().0,
-            );
+    let mut bytes: [&[[u8; LANES]]; R] = [&[]; R];
+    let mut tables = [table; R];
+    for r in 0..R {
+        bytes[r] = &packed.codes()[rows[r] * k / 2..][..k / 2].as_chunks().0[..groups];
+    }
+    let mut columns: [&[[[f32; LANES]; 2]]; M] = [&[]; M];
+    for m in 0..M {
+        columns[m] = &x[m * k..][..k].as_chunks::<LANES>().0.as_chunks().0[..groups];
+    }
+    // Plain loops, not closures over the arrays: so the sums stay in registers.
+    let mut sums = [[isa.splat(0.0); R]; M];
+    for group in 0..groups {
+        // Blocks are powers of two.
+        if group & (groups_per_block - 1) == 0 {
             for r in 0..R {
-                let (high, low) = isa.nibbles_split(&bytes[r][group]);
-                let (w_even, w_odd) = (isa.lookup(tables[r], high), isa.lookup(tables[r], low));
-                for m in 0..M {
-                    even[m][r] = isa.fma(w_even, isa.load(&x[m][0]), even[m][r]);
-                    odd[m][r] = isa.fma(w_odd, isa.load(&x[m][1]), odd[m][r]);
-                }
+                tables[r] = isa.scale_table(table, scales[r * blocks + group >> groups_per_block.trailing_zeros()]);
+            }
+        }
+        let mut w_even = [isa.splat(0.0); R];
+        let mut w_odd = [isa.splat(0.0); R];
+        for r in 0..R {
+            let (high, low) = isa.nibbles_split(&bytes[r][group]);
+            (w_even[r], w_odd[r]) = (isa.lookup(tables[r], high), isa.lookup(tables[r], low));
+        }
+        for m in 0..M {
+            let [x_even, x_odd] = &columns[m][group];
+            let (x_even, x_odd) = (isa.load(x_even), isa.load(x_odd));
+            for r in 0..R {
+                sums[m][r] = isa.fma(w_even[r], x_even, sums[m][r]);
+                sums[m][r] = isa.fma(w_odd[r], x_odd, sums[m][r]);
             }
         }
     }
-    std::array::from_fn(
-        #[inline(always)]
-        |m| {
-            std::array::from_fn(
-                #[inline(always)]
-                |r| isa.reduce_sum(isa.add(even[m][r], odd[m][r])),
-            )
-        },
-    )
+    let mut dots = [[0.0; R]; M];
+    for m in 0..M {
+        for r in 0..R {
+            dots[m][r] = isa.reduce_sum(sums[m][r]);
+        }
+    }
+    dots
 }
