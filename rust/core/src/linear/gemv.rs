@@ -269,7 +269,7 @@ fn whole_block_dots<I: Isa, const M: usize, const R: usize>(
         // Blocks are powers of two.
         if group & (groups_per_block - 1) == 0 {
             for r in 0..R {
-                tables[r] = isa.scale_table(table, scales[r * blocks + group >> groups_per_block.trailing_zeros()]);
+                tables[r] = isa.scale_table(table, scales[r * blocks + (group >> groups_per_block.trailing_zeros())]);
             }
         }
         let mut w_even = [isa.splat(0.0); R];
