@@ -82,6 +82,8 @@ def stale_constraints() -> Iterator[str]:
         if separator:
             pins[name] = version
     for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue  # for another Python than the one the file is for
         pin = pins.get(requirement.name, "")
         if requirement.name != "ferrolora" and not (pin and requirement.specifier.contains(pin, prereleases=True)):
             yield f".ci/constraints.txt: {requirement} is pinned to {pin or 'nothing'}; run `just constraints`"
