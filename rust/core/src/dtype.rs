@@ -1,5 +1,7 @@
 //! The three float types of activations and weights.
 
+use std::borrow::Cow;
+
 pub use half::{bf16, f16};
 
 use crate::simd::{Isa, LANES};
@@ -201,12 +203,14 @@ impl Floats<'_> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
 
-    /// All values, widened.
+impl<'a> Floats<'a> {
+    /// All values in float32; a float32 buffer is borrowed, not copied.
     #[must_use]
-    pub fn to_f32_vec(&self) -> Vec<f32> {
-        match self {
-            Self::F32(s) => s.to_vec(),
+    pub fn widened(&self) -> Cow<'a, [f32]> {
+        match *self {
+            Self::F32(s) => Cow::Borrowed(s),
             Self::F16(s) => s.iter().map(|v| v.to_f32()).collect(),
             Self::Bf16(s) => s.iter().map(|v| v.to_f32()).collect(),
         }

@@ -40,7 +40,7 @@ pub struct Gradients<'a> {
 #[derive(Debug)]
 pub struct LoraGradients<'a> {
     /// The branch.
-    pub lora: &'a LowRank,
+    pub lora: &'a LowRank<'a>,
     /// x `[M, K]` of the forward pass, in the type of dY. Only dA needs it.
     pub x: Option<Floats<'a>>,
     /// S `[M, r]` of the forward pass, in the type of dY. Only dB needs it.
@@ -93,7 +93,7 @@ fn typed<E: Element>(exec: &Exec, rows: usize, dy: &[E], weight: &Weight<'_>, gr
 }
 
 struct Branch<'a, E> {
-    lora: &'a LowRank,
+    lora: &'a LowRank<'a>,
     x: &'a [E],
     s: &'a [E],
     da: Option<&'a mut [f32]>,
@@ -139,7 +139,7 @@ impl<E: Element> Op for Backward<'_, E> {
 struct Chunk<'a> {
     threads: usize,
     weight: &'a Weight<'a>,
-    lora: Option<&'a LowRank>,
+    lora: Option<&'a LowRank<'a>>,
     first: usize,
     rows: usize,
 }
@@ -183,7 +183,7 @@ impl Chunk<'_> {
     }
 
     /// `dS = scaling · dY·B`, `[rows, r]`.
-    fn low_rank_output<I: Isa>(&self, isa: I, lora: &LowRank, dy_slivers: &[f32], ds: &mut [f32]) {
+    fn low_rank_output<I: Isa>(&self, isa: I, lora: &LowRank<'_>, dy_slivers: &[f32], ds: &mut [f32]) {
         let (tall, n) = (tile::rows::<I>(), self.weight.out_features());
         let height = self.rows.next_multiple_of(tall);
         let room = padded::<I>(lora.rank);
@@ -299,7 +299,7 @@ impl Chunk<'_> {
     fn add_low_rank<I: Isa>(
         &self,
         isa: I,
-        lora: &LowRank,
+        lora: &LowRank<'_>,
         (k0, cols): (usize, usize),
         ds: &[f32],
         panel: &mut [f32],

@@ -25,7 +25,7 @@ pub fn forward(
     x: Floats<'_>,
     weight: &Weight<'_>,
     bias: Option<Floats<'_>>,
-    lora: Option<&LowRank>,
+    lora: Option<&LowRank<'_>>,
     y: FloatsMut<'_>,
     s: Option<FloatsMut<'_>>,
 ) -> Result<()> {
@@ -40,7 +40,7 @@ pub fn forward(
     if let Some(s) = &s {
         check_len("s", rows * lora.map_or(0, LowRank::rank), s.len())?;
     }
-    let bias = bias.map(|b| b.to_f32_vec());
+    let bias = bias.map(|b| b.widened());
     let problem = Problem { rows, weight, bias: bias.as_deref(), lora };
     with_floats!(Floats, x, x => {
         let y = like_mut(x, "x", "y", y)?;
@@ -55,7 +55,7 @@ pub(super) struct Problem<'a> {
     pub(super) rows: usize,
     pub(super) weight: &'a Weight<'a>,
     pub(super) bias: Option<&'a [f32]>,
-    pub(super) lora: Option<&'a LowRank>,
+    pub(super) lora: Option<&'a LowRank<'a>>,
 }
 
 fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s: Option<&mut [E]>) {

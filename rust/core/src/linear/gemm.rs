@@ -119,7 +119,7 @@ fn pack<I: Isa, E: Element>(isa: I, threads: usize, source: &Source<'_, E>, rows
 fn low_rank_input<I: Isa>(
     isa: I,
     threads: usize,
-    lora: &LowRank,
+    lora: &LowRank<'_>,
     rows: usize,
     k: usize,
     x_panels: &[f32],

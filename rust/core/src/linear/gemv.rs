@@ -93,7 +93,7 @@ fn widen_rows<I: Isa, E: Element>(isa: I, source: &Source<'_, E>, split: bool, w
 #[inline(always)]
 fn low_rank_input<I: Isa, E: Element>(
     isa: I,
-    lora: &LowRank,
+    lora: &LowRank<'_>,
     source: &Source<'_, E>,
     m: usize,
     s: &mut [E],

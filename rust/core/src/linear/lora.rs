@@ -1,5 +1,7 @@
 //! The low-rank branch: `scaling · drop(x)·Aᵀ·Bᵀ`.
 
+use std::borrow::Cow;
+
 use super::weight::Weight;
 use crate::dtype::Floats;
 use crate::error::check_len;
@@ -43,25 +45,25 @@ impl Dropout {
     }
 }
 
-/// Operands of the branch, widened to float32.
+/// Operands of the branch, in float32.
 #[derive(Debug)]
-pub struct LowRank {
+pub struct LowRank<'a> {
     /// `[r, K]`
-    pub(super) a: Vec<f32>,
+    pub(super) a: Cow<'a, [f32]>,
     /// `[N, r]`
-    pub(super) b: Vec<f32>,
+    pub(super) b: Cow<'a, [f32]>,
     pub(super) rank: usize,
     pub(super) scaling: f32,
     pub(super) dropout: Option<Dropout>,
 }
 
-impl LowRank {
-    /// `a [rank, in_features]`, `b [out_features, rank]`. Both are small; they are widened here, once.
+impl<'a> LowRank<'a> {
+    /// `a [rank, in_features]`, `b [out_features, rank]`. Both are small; 16-bit ones are widened here, once.
     ///
     /// # Errors
     /// [`Error::Length`] if a buffer does not fit the shape.
     pub fn new(
-        (a, b): (Floats<'_>, Floats<'_>),
+        (a, b): (Floats<'a>, Floats<'a>),
         rank: usize,
         (out_features, in_features): (usize, usize),
         scaling: f32,
@@ -69,7 +71,7 @@ impl LowRank {
     ) -> Result<Self> {
         check_len("lora_A", rank * in_features, a.len())?;
         check_len("lora_B", out_features * rank, b.len())?;
-        Ok(Self { a: a.to_f32_vec(), b: b.to_f32_vec(), rank, scaling, dropout: dropout.active() })
+        Ok(Self { a: a.widened(), b: b.widened(), rank, scaling, dropout: dropout.active() })
     }
 
     /// r

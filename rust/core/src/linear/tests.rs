@@ -174,7 +174,7 @@ impl<E: Typed> Case<E> {
         }
     }
 
-    fn lora(&self) -> Option<LowRank> {
+    fn lora(&self) -> Option<LowRank<'_>> {
         let Shape { n, k, r, .. } = self.shape;
         let operands = (Floats::F32(&self.a), Floats::F32(&self.b));
         (r > 0).then(|| LowRank::new(operands, r, (n, k), self.scaling, self.dropout).expect("fits"))
