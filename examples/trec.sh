@@ -2,7 +2,7 @@
 # QLoRA on a real task: question classification (TREC, 6 classes) over a 4-bit MiniLM encoder, from nothing.
 #
 #   sh examples/trec.sh                  environment, build, model, training; prints memory, loss and accuracy
-#   sh examples/trec.sh --epochs 3       further options go to `ferrolora train`
+#   sh examples/trec.sh --epochs 2       further options go to `ferrolora train`
 #
 # Needs Python >= 3.10, Rust and a C compiler; the first run fetches dependencies from PyPI and crates.io.
 # Leaves adapter, log.json and loss.png in target/trec.
@@ -19,5 +19,5 @@ site=$("$python" -c 'import importlib.util as u; print(u.find_spec("gt_all_minil
 
 exec "$python" -m ferrolora train "$site/model" \
     --data examples/data/TREC.train.all --eval-data examples/data/TREC.test.all --encoding latin-1 \
-    --task classification --max-length 64 --epochs 2 --batch-size 32 --learning-rate 1e-3 \
+    --task classification --max-length 64 --epochs 1 --batch-size 32 --learning-rate 1e-3 \
     --output target/trec --overwrite "$@"

@@ -10,14 +10,15 @@ can be dropped by the system at any time and are not counted. Linux only.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+
+import torch
+from train_step import machine
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 4096}
 
@@ -58,7 +59,6 @@ def save(folder: str, **smaller: int) -> None:
 
 
 def load(folder: str, quantized: bool) -> dict[str, int]:
-    import torch
     from transformers import AutoModelForCausalLM
 
     import ferrolora as fl
@@ -97,8 +97,7 @@ def main() -> None:
             row = {name: f"{count / 1e6:.1f} MB" for name, count in rows[kind].items()}
             print(kind, ", ".join(f"{name} {size}" for name, size in row.items()))
     if arguments.out is not None:
-        today = datetime.date.today().isoformat()
-        content = {"date": today, "model": SIZES, "machine": platform.machine(), "rows": rows}
+        content = {"machine": machine(torch.get_num_threads()), "model": SIZES, "rows": rows}
         (arguments.out / "load_memory.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
