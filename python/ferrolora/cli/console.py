@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from ferrolora.errors import FerroloraError, FormatError
 
 Update = Callable[[int, int, str], None]  # (done, in all, note)
 
@@ -51,22 +56,35 @@ def progress(title: str, in_bytes: bool = False) -> Iterator[Update]:
 
 def quiet_transformers() -> None:
     """Keep transformers from writing to the terminal: its progress bars, and reports of what it loads."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    settings: Any = logging
+    settings: Any = transformers_logging
     settings.set_verbosity_error()
     settings.disable_progress_bar()
 
 
 @contextmanager
 def model_errors(model: str) -> Iterator[None]:
-    """Turn what transformers raises for an unusable model into one error that names the model."""
-    from ferrolora.errors import FerroloraError, FormatError
+    """Turn what transformers raises for an unusable model into one error that names the model and the cause."""
+    from transformers.utils import logging as transformers_logging
 
+    # An error in a single weight is not raised but logged, in a report over many lines, before a general one is raised.
+    report = io.StringIO()
+    handler = logging.StreamHandler(report)
+    level: int = transformers_logging.get_verbosity()
+    settings: Any = transformers_logging
+    settings.disable_default_handler()
+    settings.add_handler(handler)
+    settings.set_verbosity(logging.WARNING)
     try:
         yield
     except FerroloraError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         where = "" if os.path.isdir(model) else " (not a local directory)"
-        raise FormatError(f"cannot load the model {model!r}{where}: {error}") from error
+        ours = re.search(r"^ferrolora\.errors\.\w+: (.+)$", report.getvalue(), flags=re.MULTILINE)
+        raise FormatError(f"cannot load the model {model!r}{where}: {ours[1] if ours else error}") from error
+    finally:
+        settings.remove_handler(handler)
+        settings.set_verbosity(level)
+        settings.enable_default_handler()

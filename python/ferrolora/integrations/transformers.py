@@ -149,7 +149,7 @@ class FerroloraQuantizer(HfQuantizer):
 
         if not self.pre_quantized:
             return []
-        steps = [ReadQuantized(self.quantization_config)]
+        steps: list[Any] = [ReadQuantized(self.quantization_config)]
         return [WeightConverter(list(SERIALIZED_NAMES), ["weight"], operations=steps)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -1,14 +1,24 @@
 """A tiny model directory and a way to run a command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers.utils import logging
 
 from ferrolora.cli.app import run
 from tiny.folders import save
 from tiny.models import bert_classifier, llama
+
+
+@pytest.fixture(autouse=True)
+def loud_transformers() -> Iterator[None]:
+    """Commands quieten transformers for their process; other tests read what it logs."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
 
 
 class Outcome(NamedTuple):

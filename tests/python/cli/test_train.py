@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import ferrolora as fl
+from ferrolora.io.checkpoint import Checkpoint
 
 FAST = ["--epochs", 2, "--batch-size", 4, "--log-every", 1, "--rank", 4, "--learning-rate", 1e-2]
 
@@ -120,3 +121,14 @@ def test_a_model_that_is_not_there_is_named_in_one_line(cli, rows: Path, tmp_pat
     done = cli("train", tmp_path / "none", "--data", rows, "--output", tmp_path / "out")
     assert (done.status, done.err.count("\n")) == (1, 1)
     assert str(tmp_path / "none") in done.err
+
+
+def test_a_weight_that_cannot_be_quantized_while_loading_is_named_in_one_line(cli, causal, pairs, tmp_path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = Checkpoint(causal).file_of[name]
+    tensors = load_file(shard)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    done = cli("train", causal, "--data", pairs, "--output", tmp_path / "out")
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert f"{name} holds 1 NaN" in done.err
