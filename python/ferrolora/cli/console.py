@@ -66,16 +66,11 @@ def quiet_transformers() -> None:
 @contextmanager
 def model_errors(model: str) -> Iterator[None]:
     """Turn what transformers raises for an unusable model into one error that names the model and the cause."""
-    from transformers.utils import logging as transformers_logging
-
     # An error in a single weight is not raised but logged, in a report over many lines, before a general one is raised.
     report = io.StringIO()
-    handler = logging.StreamHandler(report)
-    level: int = transformers_logging.get_verbosity()
-    settings: Any = transformers_logging
-    settings.disable_default_handler()
-    settings.add_handler(handler)
-    settings.set_verbosity(logging.WARNING)
+    logger = logging.getLogger("transformers")
+    level, handlers, logger.handlers = logger.level, logger.handlers, [logging.StreamHandler(report)]
+    logger.setLevel(logging.WARNING)
     try:
         yield
     except FerroloraError:
@@ -85,6 +80,5 @@ def model_errors(model: str) -> Iterator[None]:
         ours = re.search(r"^ferrolora\.errors\.\w+: (.+)$", report.getvalue(), flags=re.MULTILINE)
         raise FormatError(f"cannot load the model {model!r}{where}: {ours[1] if ours else error}") from error
     finally:
-        settings.remove_handler(handler)
-        settings.set_verbosity(level)
-        settings.enable_default_handler()
+        logger.handlers = handlers
+        logger.setLevel(level)
