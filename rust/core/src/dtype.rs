@@ -166,6 +166,16 @@ pub enum DType {
     Bf16,
 }
 
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        })
+    }
+}
+
 /// A borrowed float buffer of any of the three types.
 #[derive(Debug, Clone, Copy)]
 pub enum Floats<'a> {

@@ -42,7 +42,7 @@ pub enum Error {
         got: String,
     },
     /// Two buffers that must have one float type.
-    #[error("{what} must have the type of {of}, {expected:?}, got {got:?}")]
+    #[error("{what} must have the type of {of}, {expected}, got {got}")]
     Type {
         /// Which argument.
         what: &'static str,
@@ -68,4 +68,9 @@ pub enum Error {
 /// Fails with [`Error::Length`] unless `got == expected`.
 pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::Length { what, expected, got }) }
+}
+
+/// Fails with [`Error::Length`] unless `got == rows · cols`. A product beyond `usize` fits no buffer.
+pub(crate) fn check_matrix(what: &'static str, (rows, cols): (usize, usize), got: usize) -> Result<()> {
+    check_len(what, rows.saturating_mul(cols), got)
 }

@@ -19,9 +19,32 @@ enum Kind {
     I8,
 }
 
+impl Kind {
+    /// torch's name of the type.
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::U8 => "uint8",
+            Self::I8 => "int8",
+        }
+    }
+
+    /// Bytes of an element, which are also its alignment.
+    fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::U8 | Self::I8 => 1,
+        }
+    }
+}
+
 /// A contiguous CPU tensor, checked. It keeps the tensor alive for the length of the call.
 ///
-/// Invariant: `data` points to `numel` elements of type `kind`, alive as long as `_tensor` is.
+/// Invariant: if `numel` is not 0, `data` is not null, a multiple of the size of `kind`, and points to `numel`
+/// elements of type `kind`, alive as long as `_tensor` is.
 pub struct Buffer<'py> {
     _tensor: Bound<'py, PyAny>,
     data: usize,
@@ -66,7 +89,7 @@ fn on_cpu(tensor: &Bound<'_, PyAny>, what: &'static str) -> PyResult<()> {
 }
 
 impl<'py> Buffer<'py> {
-    /// Checks device, layout and dtype of `tensor`, the argument `what`.
+    /// Checks device, layout, dtype and address of `tensor`, the argument `what`.
     pub fn new(tensor: Bound<'py, PyAny>, what: &'static str) -> PyResult<Self> {
         let py = tensor.py();
         on_cpu(&tensor, what)?;
@@ -74,9 +97,27 @@ impl<'py> Buffer<'py> {
             return Err(raise(py, "ShapeError", format!("{what} must be contiguous; call .contiguous() first")));
         }
         let kind = kind_of(&tensor, what)?;
-        let data = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let data: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let numel = tensor.call_method0(intern!(py, "numel"))?.extract()?;
+        if numel > 0 && data == 0 {
+            return Err(raise(py, "UnsupportedError", format!("{what} has no memory behind it (a fake tensor?)")));
+        }
+        if numel > 0 && !data.is_multiple_of(kind.size()) {
+            let message = format!("{what} does not start at a multiple of its element size; call .clone() first");
+            return Err(raise(py, "UnsupportedError", message));
+        }
         Ok(Self { _tensor: tensor, data, numel, kind, what })
+    }
+
+    /// Fails if this output shares memory with one of `inputs`.
+    pub fn apart_from(&self, py: Python<'_>, inputs: &[&Self]) -> PyResult<()> {
+        let bytes = |b: &Self| b.data..b.data + b.numel * b.kind.size();
+        let own = bytes(self);
+        let shares = |other: &&&Self| own.start < bytes(other).end && bytes(other).start < own.end;
+        inputs.iter().find(shares).map_or(Ok(()), |input| {
+            let message = format!("{} shares memory with {}; pass another tensor", self.what, input.what);
+            Err(raise(py, "UnsupportedError", message))
+        })
     }
 
     /// The elements.
@@ -85,9 +126,9 @@ impl<'py> Buffer<'py> {
             return &[];
         }
         // SAFETY: by the invariant, `data` points to `numel` elements that live as long as `self`; the
-        // callers below ask for the type of `kind`. torch allocates with at least 64-byte alignment
-        // and views keep element alignment. The caller of the Python function must not write to an
-        // input or touch an output from another thread while the call runs, as for every torch op.
+        // callers below ask for the type of `kind`, whose alignment `new` checked. The caller of the
+        // Python function must not write to an input or touch an output from another thread while the
+        // call runs, as for every torch op.
         unsafe { std::slice::from_raw_parts(self.data as *const T, self.numel) }
     }
 
@@ -96,8 +137,9 @@ impl<'py> Buffer<'py> {
         if self.numel == 0 {
             return &mut [];
         }
-        // SAFETY: as for `slice`; each output argument is a tensor that the ops package has just
-        // allocated (or, for `out=`, checked to overlap no input), so no other slice aliases it.
+        // SAFETY: as for `slice`; no other slice aliases it, because each output is a tensor that the ops
+        // package has just allocated, but for the `out` of dequantizing, which comes from its caller and
+        // which `apart_from` checks.
         unsafe { std::slice::from_raw_parts_mut(self.data as *mut T, self.numel) }
     }
 
@@ -107,7 +149,7 @@ impl<'py> Buffer<'py> {
     }
 
     fn wrong(&self, py: Python<'_>, expected: &str) -> PyErr {
-        raise(py, "UnsupportedError", format!("{} must be {expected}, got {:?}", self.what, self.kind))
+        raise(py, "UnsupportedError", format!("{} must be {expected}, got {}", self.what, self.kind.name()))
     }
 
     /// As float32, float16 or bfloat16.

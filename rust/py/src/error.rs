@@ -19,8 +19,9 @@ pub fn raise(py: Python<'_>, class: &str, message: String) -> PyErr {
 /// Maps a core error to its class.
 pub fn map(py: Python<'_>, error: &Error) -> PyErr {
     let class = match error {
-        Error::Length { .. } | Error::Type { .. } | Error::Range { .. } => "ShapeError",
-        Error::NonFinite { .. } | Error::Unknown { .. } => "QuantizationError",
+        Error::Length { .. } => "ShapeError",
+        Error::NonFinite { .. } => "QuantizationError",
+        Error::Type { .. } | Error::Range { .. } | Error::Unknown { .. } => "UnsupportedError",
     };
     raise(py, class, error.to_string())
 }

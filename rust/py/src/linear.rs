@@ -38,7 +38,7 @@ macro_rules! with_weight {
             let (codes, scales) = (stored.codes.u8(py)?, stored.scales.get(py)?);
             let (quant_type, block_size) = (stored.quant_type.as_str(), stored.block_size);
             detached(py, || {
-                let packed = Packed::new(codes, scales, spec(quant_type, block_size)?, n * k)?;
+                let packed = Packed::new(codes, scales, spec(quant_type, block_size)?, n.saturating_mul(k))?;
                 let $weight = Weight::four_bit(packed, n, k)?;
                 $work
             })
@@ -221,7 +221,8 @@ fn linear_lora_backward<'py>(
     let dx = dx.as_mut().map(|b| b.floats_mut(py)).transpose()?;
     let da = da.as_mut().map(|b| b.floats_mut(py)).transpose()?;
     let db = db.as_mut().map(|b| b.floats_mut(py)).transpose()?;
-    let m = if n > 0 { rows(dy.len(), n) } else { x.map_or(0, |x| rows(x.len(), k)) };
+    let inputs = x.map(|x| x.len()).or(dx.as_ref().map(FloatsMut::len));
+    let m = if n > 0 { rows(dy.len(), n) } else { rows(inputs.unwrap_or(0), k) };
     with_weight!(py, weight, weight => {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;

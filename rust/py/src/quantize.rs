@@ -43,6 +43,11 @@ impl<'py> StoredScales<'py> {
         }
     }
 
+    /// The tensors that hold the scales.
+    fn buffers(&self) -> impl Iterator<Item = &Buffer<'py>> {
+        std::iter::once(&self.absmax).chain(&self.nested_absmax)
+    }
+
     /// As the SCB of int8, which is always float32.
     pub fn plain(&self, py: Python<'_>) -> PyResult<&[f32]> {
         self.absmax.f32(py)
@@ -103,6 +108,8 @@ fn dequantize_4bit<'py>(
 ) -> PyResult<()> {
     let (codes, mut out) = (Buffer::new(codes, "codes")?, Buffer::new(out, "out")?);
     let scales = StoredScales::new(absmax, nested_absmax, offset)?;
+    let inputs: Vec<_> = scales.buffers().chain([&codes]).collect();
+    out.apart_from(py, &inputs)?;
     let numel = out.numel();
     let (codes, scales, out) = (codes.u8(py)?, scales.get(py)?, out.floats_mut(py)?);
     detached(py, || {
@@ -139,6 +146,7 @@ fn dequantize_int8<'py>(
 ) -> PyResult<()> {
     let (codes, scb) = (Buffer::new(codes, "codes")?, Buffer::new(scb, "scb")?);
     let mut out = Buffer::new(out, "out")?;
+    out.apart_from(py, &[&codes, &scb])?;
     let (codes, scb, out) = (codes.i8(py)?, scb.f32(py)?, out.floats_mut(py)?);
     detached(py, || {
         let cols = codes.len().checked_div(scb.len()).unwrap_or(0);
@@ -180,6 +188,7 @@ fn dequantize_blockwise<'py>(
 ) -> PyResult<()> {
     let (codes, absmax) = (Buffer::new(codes, "codes")?, Buffer::new(absmax, "absmax")?);
     let mut out = Buffer::new(out, "out")?;
+    out.apart_from(py, &[&codes, &absmax])?;
     let (codes, absmax, out) = (codes.u8(py)?, absmax.f32(py)?, out.floats_mut(py)?);
     detached(py, || blockwise8::dequantize_blockwise(&Exec::new(threads)?, codes, absmax, block_size, out))
 }

@@ -2,6 +2,7 @@
 
 use super::blockwise8::encode_block;
 use super::codebook::dynamic8;
+use super::finite::non_finite;
 use super::quantize::absmax_bits;
 use super::spec::NESTED_BLOCK_SIZE;
 use crate::error::check_len;
@@ -18,11 +19,15 @@ const TASK: usize = 64 * NESTED_BLOCK_SIZE;
 /// `nested_absmax`.
 ///
 /// # Errors
-/// [`crate::Error::Length`] if a buffer does not fit.
+/// [`crate::Error::NonFinite`] if a value is NaN or infinite, [`crate::Error::Length`] if a buffer does not fit.
 pub fn double_quantize(exec: &Exec, absmax: &[f32], codes: &mut [u8], nested_absmax: &mut [f32]) -> Result<f32> {
     check_len("codes", absmax.len(), codes.len())?;
     check_len("nested_absmax", absmax.len().div_ceil(NESTED_BLOCK_SIZE), nested_absmax.len())?;
     let offset = mean(absmax);
+    // A mean of finite magnitudes is finite, and one that is not spoils it: the sum is in float64.
+    if !offset.is_finite() {
+        return Err(non_finite(absmax, "absmax"));
+    }
     let tasks: Vec<_> = absmax
         .chunks(TASK)
         .zip(codes.chunks_mut(TASK))

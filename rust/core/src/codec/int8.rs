@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::finite::{INFINITY_BITS, non_finite};
 use super::quantize::absmax_bits;
 use crate::dtype::{Element, Floats, FloatsMut, narrow, with_floats};
-use crate::error::check_len;
+use crate::error::{check_len, check_matrix};
 use crate::simd::{Isa, LANES, Op};
 use crate::{Exec, Result, parallel};
 
@@ -26,7 +26,7 @@ impl<'a> Int8Matrix<'a> {
     /// # Errors
     /// [`crate::Error::Length`] naming the buffer that does not fit.
     pub fn new(codes: &'a [i8], scb: &'a [f32], rows: usize, cols: usize) -> Result<Self> {
-        check_len("codes", rows * cols, codes.len())?;
+        check_matrix("codes", (rows, cols), codes.len())?;
         check_len("SCB", rows, scb.len())?;
         Ok(Self { codes, scb, cols })
     }

@@ -248,6 +248,18 @@ fn a_value_that_is_not_finite_is_refused_with_its_place() {
 }
 
 #[test]
+fn scales_that_are_not_finite_are_refused_with_their_place() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut absmax: Vec<f32> = values(300, 23).iter().map(|v| v.abs()).collect();
+        absmax[277] = bad;
+        for exec in executions() {
+            let error = double_quant::double_quantize(&exec, &absmax, &mut [0; 300], &mut [0.0; 2]);
+            assert_eq!(error, Err(Error::NonFinite { name: "absmax".into(), count: 1, first: 277 }));
+        }
+    }
+}
+
+#[test]
 fn buffers_that_do_not_fit_are_refused_by_name() {
     let spec = QuantSpec::new(QuantType::Nf4, 64).expect("valid");
     let exec = Exec::new(1).expect("an instruction set");

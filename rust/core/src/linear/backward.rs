@@ -16,7 +16,7 @@ use super::weight::Weight;
 use super::{dropout, scratch};
 use crate::Result;
 use crate::dtype::{Element, Floats, FloatsMut, like, like_mut, narrow, with_floats};
-use crate::error::check_len;
+use crate::error::{check_len, check_matrix};
 use crate::exec::Exec;
 use crate::parallel::{self, split_columns};
 use crate::simd::{Isa, LANES, Op};
@@ -58,19 +58,19 @@ pub struct LoraGradients<'a> {
 /// than dY.
 pub fn backward(exec: &Exec, rows: usize, dy: Floats<'_>, weight: &Weight<'_>, gradients: Gradients<'_>) -> Result<()> {
     let (n, k) = (weight.out_features(), weight.in_features());
-    check_len("dy", rows * n, dy.len())?;
+    check_matrix("dy", (rows, n), dy.len())?;
     if let Some(dx) = &gradients.dx {
-        check_len("dx", rows * k, dx.len())?;
+        check_matrix("dx", (rows, k), dx.len())?;
     }
     if let Some(branch) = &gradients.lora {
         branch.lora.check(weight)?;
         if let Some(da) = &branch.da {
             check_len("da", branch.lora.a.len(), da.len())?;
-            check_len("x", rows * k, branch.x.map_or(0, |x| x.len()))?;
+            check_matrix("x", (rows, k), branch.x.map_or(0, |x| x.len()))?;
         }
         if let Some(db) = &branch.db {
             check_len("db", branch.lora.b.len(), db.len())?;
-            check_len("s", rows * branch.lora.rank, branch.s.map_or(0, |s| s.len()))?;
+            check_matrix("s", (rows, branch.lora.rank), branch.s.map_or(0, |s| s.len()))?;
         }
     }
     with_floats!(Floats, dy, dy => typed(exec, rows, dy, weight, gradients))
@@ -401,6 +401,9 @@ fn mask_tiles<I: Isa>(
 impl<E: Element> Branch<'_, E> {
     fn weight_gradients<I: Isa>(self, isa: I, threads: usize, rows: usize, dy: &Source<'_, E>, ds: &[f32], k: usize) {
         let rank = self.lora.rank;
+        if rank == 0 {
+            return; // dA and dB have no element
+        }
         if let Some(da) = self.da {
             let x = Source { data: self.x, cols: k, first_row: 0, dropout: self.lora.dropout };
             let width = columns_per_task(k);
@@ -413,7 +416,7 @@ impl<E: Element> Branch<'_, E> {
                 }
             });
         }
-        if let (Some(db), true) = (self.db, rank > 0) {
+        if let Some(db) = self.db {
             let width = columns_per_task(dy.cols);
             let parts: Vec<_> = db.chunks_mut(width * rank).collect();
             let scaling = self.lora.scaling;

@@ -6,7 +6,7 @@
 
 use super::lora::Dropout;
 use crate::Exec;
-use crate::error::check_len;
+use crate::error::check_matrix;
 use crate::simd::{Isa, Op};
 
 /// Counters computed side by side, so that the compiler can use vector registers.
@@ -79,7 +79,7 @@ pub(super) fn apply(dropout: Dropout, row: usize, col: usize, values: &mut [f32]
 /// # Errors
 /// [`crate::Error::Length`] if `out` is not `rows · cols` long.
 pub fn dropout_mask(exec: &Exec, dropout: Dropout, (rows, cols): (usize, usize), out: &mut [f32]) -> crate::Result<()> {
-    check_len("out", rows * cols, out.len())?;
+    check_matrix("out", (rows, cols), out.len())?;
     if cols > 0 {
         exec.isa.run(Mask { dropout, cols, out });
     }

@@ -5,7 +5,7 @@ use super::weight::Weight;
 use super::{gemm, gemv};
 use crate::Result;
 use crate::dtype::{Element, Floats, FloatsMut, like_mut, with_floats};
-use crate::error::check_len;
+use crate::error::{check_len, check_matrix};
 use crate::exec::Exec;
 
 /// Up to this many rows, a decoded value is used straight from its register.
@@ -29,8 +29,8 @@ pub fn forward(
     y: FloatsMut<'_>,
     s: Option<FloatsMut<'_>>,
 ) -> Result<()> {
-    check_len("x", rows * weight.in_features(), x.len())?;
-    check_len("y", rows * weight.out_features(), y.len())?;
+    check_matrix("x", (rows, weight.in_features()), x.len())?;
+    check_matrix("y", (rows, weight.out_features()), y.len())?;
     if let Some(bias) = bias {
         check_len("bias", weight.out_features(), bias.len())?;
     }
@@ -38,7 +38,7 @@ pub fn forward(
         lora.check(weight)?;
     }
     if let Some(s) = &s {
-        check_len("s", rows * lora.map_or(0, LowRank::rank), s.len())?;
+        check_matrix("s", (rows, lora.map_or(0, LowRank::rank)), s.len())?;
     }
     let bias = bias.map(|b| b.widened());
     let problem = Problem { rows, weight, bias: bias.as_deref(), lora };
@@ -59,7 +59,7 @@ pub(super) struct Problem<'a> {
 }
 
 fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s: Option<&mut [E]>) {
-    if problem.rows == 0 || problem.weight.out_features() == 0 {
+    if problem.rows == 0 {
         return;
     }
     if problem.rows <= FEW_ROWS {

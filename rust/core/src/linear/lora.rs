@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::weight::Weight;
 use crate::dtype::Floats;
-use crate::error::check_len;
+use crate::error::check_matrix;
 use crate::{Error, Result};
 
 /// Dropout of the branch's input: element kept with probability `1 - p` and divided by `1 - p`.
@@ -69,8 +69,8 @@ impl<'a> LowRank<'a> {
         scaling: f32,
         dropout: Dropout,
     ) -> Result<Self> {
-        check_len("lora_A", rank * in_features, a.len())?;
-        check_len("lora_B", out_features * rank, b.len())?;
+        check_matrix("lora_A", (rank, in_features), a.len())?;
+        check_matrix("lora_B", (out_features, rank), b.len())?;
         Ok(Self { a: a.widened(), b: b.widened(), rank, scaling, dropout: dropout.active() })
     }
 
@@ -82,7 +82,7 @@ impl<'a> LowRank<'a> {
 
     /// Whether the operands fit the weight.
     pub(super) fn check(&self, weight: &Weight<'_>) -> Result<()> {
-        check_len("lora_A", self.rank * weight.in_features(), self.a.len())?;
-        check_len("lora_B", weight.out_features() * self.rank, self.b.len())
+        check_matrix("lora_A", (self.rank, weight.in_features()), self.a.len())?;
+        check_matrix("lora_B", (weight.out_features(), self.rank), self.b.len())
     }
 }

@@ -7,11 +7,13 @@
 //! | file | what |
 //! |---|---|
 //! | `weight` | the packed weight as a matrix |
+//! | `forward` | the checks, and the choice between few rows and many |
 //! | `tile` | the register-blocked product of two panels, for every matrix product here |
 //! | `panel` | copying and decoding into panels |
 //! | `gemm` | forward for many rows |
 //! | `gemv` | forward for up to eight rows |
-//! | `backward` | dX, dA, dB |
+//! | `backward` | dX, and with `reduce` dA and dB |
+//! | `reduce` | products that sum over rows |
 //! | `lora` | the low-rank branch's operands |
 //! | `dropout` | the counter-based mask |
 //! | `scratch` | buffers that threads keep between calls |

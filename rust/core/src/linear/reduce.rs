@@ -1,5 +1,5 @@
 //! Products that sum over rows: `out[i, c] = Σ_m left[m, i] · src[m, c]`, for dA (left dS, src drop(x)) and
-//! dB (left scaling·S, src dY).
+//! dB (left S, src dY; scaled when stored).
 
 use super::panel::{Source, column_panel, column_sliver};
 use super::scratch;

@@ -290,6 +290,7 @@ fn empty_sides_are_legal() {
             let m = *m;
             let case = Case::<f32>::new(Shape { m, n, k, r: 2 }, NF4, 0.0);
             let out = case.run(&Exec { isa: IsaKind::available()[0], threads: 2 });
+            assert!(out.s.iter().all(|v| v.is_finite()), "{n} {k} {m}");
             let bias_only = out.y.iter().enumerate().all(|(i, y)| y.to_bits() == case.bias[i % n].to_bits());
             assert!(bias_only, "{n} {k} {m}");
             assert!(out.dx.iter().chain(&out.da).chain(&out.db).all(|v| *v == 0.0), "{n} {k} {m}");
@@ -328,6 +329,48 @@ fn many_rows_columns_and_depths_cross_every_block_boundary() {
     // More than one chunk of rows forward (384) and backward (252), depth block (256), task and sliver.
     check::<f32>(Shape { m: 400, n: 300, k: 70, r: 9 }, NF4, 0.0);
     check::<bf16>(Shape { m: 20, n: 530, k: 600, r: 1 }, NF4, 0.0);
+}
+
+#[test]
+fn few_rows_cross_every_block_boundary() {
+    // More than one task of output columns (64), piece of a row (512) and nested block of scales (256).
+    for m in 1..=9 {
+        check::<f32>(Shape { m, n: 131, k: 640, r: 3 }, Codec::Double(32), 0.0);
+        check::<f32>(Shape { m, n: 70, k: 1100, r: 0 }, NF4, 0.0);
+    }
+    check::<f32>(Shape { m: 3, n: 70, k: 1100, r: 3 }, Codec::Int8, 0.0);
+}
+
+#[test]
+fn a_branch_of_rank_zero_adds_nothing() {
+    let exec = Exec { isa: IsaKind::available()[0], threads: 1 };
+    for m in [1, 20] {
+        let case = Case::<f32>::new(Shape { m, n: 30, k: 64, r: 0 }, NF4, 0.0);
+        let (expected, weight) = (case.run(&exec), case.stored.weight(30, 64));
+        let none = Floats::F32(&[]);
+        let lora = LowRank::new((none, none), 0, (30, 64), 1.0, case.dropout).expect("fits");
+        let (mut y, mut dx) = (vec![f32::NAN; m * 30], vec![f32::NAN; m * 64]);
+        let (x, bias) = (Floats::F32(&case.x), Some(Floats::F32(&case.bias)));
+        let (out, s) = (FloatsMut::F32(&mut y), FloatsMut::F32(&mut []));
+        forward(&exec, m, x, &weight, bias, Some(&lora), out, Some(s)).expect("fits");
+        let branch = LoraGradients { lora: &lora, x: Some(x), s: Some(none), da: Some(&mut []), db: Some(&mut []) };
+        let gradients = Gradients { dx: Some(FloatsMut::F32(&mut dx)), lora: Some(branch) };
+        backward(&exec, m, Floats::F32(&case.dy), &weight, gradients).expect("fits");
+        assert_eq!((y, dx), (expected.y, expected.dx));
+    }
+}
+
+#[test]
+fn sizes_whose_product_overflows_are_refused() {
+    let exec = Exec { isa: IsaKind::available()[0], threads: 1 };
+    let n = 1 << (usize::BITS - 1);
+    let spec = QuantSpec::new(QuantType::Nf4, 64).expect("valid");
+    let packed = Packed::new(&[], Scales::Plain(&[]), spec, 0).expect("fits");
+    let refused = Weight::four_bit(packed, n, 2).expect_err("more elements than a usize counts");
+    assert_eq!(refused, Error::Length { what: "weight", expected: usize::MAX, got: 0 });
+    assert!(Weight::int8(&[], &[0.0; 2], 2, n).is_err());
+    let dropout = Dropout::new(0.5, 0).expect("valid");
+    assert!(dropout_mask(&exec, dropout, (n, 2), &mut []).is_err());
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::codec::dequantize::decode_range;
 use crate::codec::int8::Int8Matrix;
 use crate::codec::spec::Packed;
-use crate::error::check_len;
+use crate::error::check_matrix;
 use crate::simd::Isa;
 
 /// A quantized weight of `out_features` rows and `in_features` columns.
@@ -27,7 +27,7 @@ impl<'a> Weight<'a> {
     /// # Errors
     /// [`crate::Error::Length`] unless it has `out_features · in_features` elements.
     pub fn four_bit(packed: Packed<'a>, out_features: usize, in_features: usize) -> Result<Self> {
-        check_len("weight", out_features * in_features, packed.numel())?;
+        check_matrix("weight", (out_features, in_features), packed.numel())?;
         Ok(Self { storage: Storage::FourBit(packed), out_features, in_features })
     }
 

@@ -166,8 +166,8 @@ impl IsaKind {
         static CHOSEN: OnceLock<Result<IsaKind>> = OnceLock::new();
         CHOSEN
             .get_or_init(|| {
-                let forced = std::env::var("FERROLORA_ISA").ok();
-                Self::choose(forced.as_deref())
+                let forced = std::env::var_os("FERROLORA_ISA");
+                Self::choose(forced.as_ref().map(|name| name.to_string_lossy()).as_deref())
             })
             .clone()
     }
