@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::codebook::dynamic8;
 use super::finite::{INFINITY_BITS, non_finite};
 use super::quantize::{SMALLEST_ABSMAX, absmax_bits};
-use crate::dtype::{Element, Floats, FloatsMut, widen, with_floats};
+use crate::dtype::{Element, Floats, FloatsMut, with_floats};
 use crate::error::check_len;
 use crate::simd::{Isa, Op};
 use crate::{Error, Exec, Result, parallel};
 
-/// Blocks up to this long are widened on the stack.
+/// The longest block.
 const LONGEST: usize = 4096;
 
 fn check_block_size(block_size: usize) -> Result<()> {
@@ -36,11 +36,12 @@ pub fn quantize_blockwise(
     check_len("codes", src.len(), codes.len())?;
     check_len("absmax", src.len().div_ceil(block_size), absmax.len())?;
     with_floats!(Floats, src, src => {
+        let (blocks, elements) = task_size(block_size);
         let tasks: Vec<_> = src
-            .chunks(block_size)
-            .zip(codes.chunks_mut(block_size))
-            .zip(absmax)
-            .map(|((src, codes), absmax)| Block { src, codes, absmax })
+            .chunks(elements)
+            .zip(codes.chunks_mut(elements))
+            .zip(absmax.chunks_mut(blocks))
+            .map(|((src, codes), absmax)| Blocks { src, codes, absmax, block_size })
             .collect();
         let finite = AtomicBool::new(true);
         parallel::for_each(exec.threads_for(src.len() * 16), tasks, |task| {
@@ -52,13 +53,21 @@ pub fn quantize_blockwise(
     })
 }
 
-struct Block<'a, E> {
-    src: &'a [E],
-    codes: &'a mut [u8],
-    absmax: &'a mut f32,
+/// Whole blocks of one task, of about this many elements: blocks, elements.
+fn task_size(block_size: usize) -> (usize, usize) {
+    const ELEMENTS: usize = 1 << 14;
+    let blocks = (ELEMENTS / block_size).max(1);
+    (blocks, blocks * block_size)
 }
 
-impl<E: Element> Op for Block<'_, E> {
+struct Blocks<'a, E> {
+    src: &'a [E],
+    codes: &'a mut [u8],
+    absmax: &'a mut [f32],
+    block_size: usize,
+}
+
+impl<E: Element> Op for Blocks<'_, E> {
     type Output = bool;
 
     fn eval<I: Isa>(self, isa: I) -> bool {
@@ -66,13 +75,15 @@ impl<E: Element> Op for Block<'_, E> {
         isa.vectorize(
             #[inline(always)]
             || {
-                let mut wide = [0.0_f32; LONGEST];
-                let wide = &mut wide[..self.src.len()];
-                widen(isa, self.src, wide);
-                let bits = absmax_bits(isa, wide);
-                *self.absmax = f32::from_bits(bits.cast_unsigned());
-                encode_block(map, wide, *self.absmax, self.codes);
-                bits < INFINITY_BITS
+                let blocks = self.src.chunks(self.block_size).zip(self.codes.chunks_mut(self.block_size));
+                let mut largest = 0;
+                for ((src, codes), absmax) in blocks.zip(self.absmax) {
+                    let bits = absmax_bits(isa, src);
+                    *absmax = f32::from_bits(bits.cast_unsigned());
+                    encode_block(map, src, *absmax, codes);
+                    largest = largest.max(bits);
+                }
+                largest < INFINITY_BITS
             },
         )
     }
@@ -80,10 +91,10 @@ impl<E: Element> Op for Block<'_, E> {
 
 /// `codes[i] = nearest(values[i] · (1 / absmax))`
 #[inline(always)]
-pub(super) fn encode_block(map: &dynamic8::Map, values: &[f32], absmax: f32, codes: &mut [u8]) {
+pub(super) fn encode_block<E: Element>(map: &dynamic8::Map, values: &[E], absmax: f32, codes: &mut [u8]) {
     let inverse = 1.0 / absmax.max(SMALLEST_ABSMAX);
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = map.encode(value * inverse);
+        *code = map.encode(value.to_f32() * inverse);
     }
 }
 
@@ -103,10 +114,13 @@ pub fn dequantize_blockwise(
     check_len("absmax", codes.len().div_ceil(block_size), absmax.len())?;
     let values = &dynamic8::map().values;
     with_floats!(FloatsMut, out, out => {
-        let tasks: Vec<_> = out.chunks_mut(block_size).zip(codes.chunks(block_size)).zip(absmax).collect();
+        let (blocks, elements) = task_size(block_size);
+        let tasks: Vec<_> = out.chunks_mut(elements).zip(codes.chunks(elements)).zip(absmax.chunks(blocks)).collect();
         parallel::for_each(exec.threads_for(codes.len()), tasks, |((out, codes), absmax)| {
-            for (value, code) in out.iter_mut().zip(codes) {
-                *value = Element::from_f32(values[usize::from(*code)] * absmax);
+            for ((out, codes), absmax) in out.chunks_mut(block_size).zip(codes.chunks(block_size)).zip(absmax) {
+                for (value, code) in out.iter_mut().zip(codes) {
+                    *value = Element::from_f32(values[usize::from(*code)] * absmax);
+                }
             }
         });
     });

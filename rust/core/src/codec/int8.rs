@@ -60,8 +60,9 @@ pub fn quantize_int8(exec: &Exec, src: Floats<'_>, codes: &mut [i8], scb: &mut [
         return Ok(());
     }
     with_floats!(Floats, src, src => {
-        let rows = src.chunks(cols).zip(codes.chunks_mut(cols)).zip(scb);
-        let tasks: Vec<_> = rows.map(|((src, codes), scb)| Row { src, codes, scb }).collect();
+        let rows = rows_per_task(cols);
+        let chunks = src.chunks(rows * cols).zip(codes.chunks_mut(rows * cols)).zip(scb.chunks_mut(rows));
+        let tasks: Vec<_> = chunks.map(|((src, codes), scb)| Rows { src, codes, scb }).collect();
         let finite = AtomicBool::new(true);
         parallel::for_each(exec.threads_for(src.len()), tasks, |task| {
             if !exec.isa.run(task) {
@@ -72,32 +73,45 @@ pub fn quantize_int8(exec: &Exec, src: Floats<'_>, codes: &mut [i8], scb: &mut [
     })
 }
 
-struct Row<'a, E> {
-    src: &'a [E],
-    codes: &'a mut [i8],
-    scb: &'a mut f32,
+/// Whole rows of one task, of about this many elements.
+fn rows_per_task(cols: usize) -> usize {
+    const ELEMENTS: usize = 1 << 15;
+    (ELEMENTS / cols).max(1)
 }
 
-impl<E: Element> Op for Row<'_, E> {
+struct Rows<'a, E> {
+    src: &'a [E],
+    codes: &'a mut [i8],
+    scb: &'a mut [f32],
+}
+
+impl<E: Element> Op for Rows<'_, E> {
     type Output = bool;
 
     fn eval<I: Isa>(self, isa: I) -> bool {
+        let cols = self.src.len() / self.scb.len().max(1);
         isa.vectorize(
             #[inline(always)]
             || {
-                let bits = absmax_bits(isa, self.src);
-                let absmax = f32::from_bits(bits.cast_unsigned());
-                *self.scb = absmax;
-                // In this order: it is what the writers of the format compute, and a tie of the rounding shows the difference.
-                let factor = (1.0 / absmax) * 127.0;
-                for (code, value) in self.codes.iter_mut().zip(self.src) {
-                    // Clamped for a row so small that the factor is infinite; the cast makes 0 of a zero row's 0 · infinity.
-                    *code = (value.to_f32() * factor).round_ties_even().clamp(-127.0, 127.0) as i8;
-                }
-                bits < INFINITY_BITS
+                let rows = self.src.chunks(cols).zip(self.codes.chunks_mut(cols)).zip(self.scb);
+                rows.fold(true, |finite, ((src, codes), scb)| encode_row(isa, src, codes, scb) && finite)
             },
         )
     }
+}
+
+/// Whether every value of the row was finite.
+#[inline(always)]
+fn encode_row<I: Isa, E: Element>(isa: I, src: &[E], codes: &mut [i8], scb: &mut f32) -> bool {
+    let bits = absmax_bits(isa, src);
+    *scb = f32::from_bits(bits.cast_unsigned());
+    // In this order: it is what the writers of the format compute, and a tie of the rounding shows the difference.
+    let factor = (1.0 / *scb) * 127.0;
+    for (code, value) in codes.iter_mut().zip(src) {
+        // Clamped for a row so small that the factor is infinite; the cast makes 0 of a zero row's 0 · infinity.
+        *code = (value.to_f32() * factor).round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+    bits < INFINITY_BITS
 }
 
 /// `out = codes · SCB / 127`
@@ -111,20 +125,21 @@ pub fn dequantize_int8(exec: &Exec, matrix: &Int8Matrix<'_>, out: FloatsMut<'_>)
     }
     with_floats!(FloatsMut, out, out => {
         let threads = exec.threads_for(out.len());
-        let tasks: Vec<_> =
-            out.chunks_mut(matrix.cols).enumerate().map(|(row, out)| DecodeRow { matrix, row, out }).collect();
+        let rows = rows_per_task(matrix.cols);
+        let chunks = out.chunks_mut(rows * matrix.cols).enumerate();
+        let tasks: Vec<_> = chunks.map(|(i, out)| DecodeRows { matrix, first: i * rows, out }).collect();
         parallel::for_each(threads, tasks, |task| exec.isa.run(task));
     });
     Ok(())
 }
 
-struct DecodeRow<'a, E> {
+struct DecodeRows<'a, E> {
     matrix: &'a Int8Matrix<'a>,
-    row: usize,
+    first: usize,
     out: &'a mut [E],
 }
 
-impl<E: Element> Op for DecodeRow<'_, E> {
+impl<E: Element> Op for DecodeRows<'_, E> {
     type Output = ();
 
     fn eval<I: Isa>(self, isa: I) {
@@ -134,10 +149,12 @@ impl<E: Element> Op for DecodeRow<'_, E> {
             #[inline(always)]
             || {
                 let mut wide = [0.0_f32; STEP];
-                for (i, out) in self.out.chunks_mut(STEP).enumerate() {
-                    let wide = &mut wide[..out.len()];
-                    self.matrix.decode_row(isa, self.row, i * STEP, wide);
-                    narrow(isa, wide, out);
+                for (row, out) in self.out.chunks_mut(self.matrix.cols).enumerate() {
+                    for (i, out) in out.chunks_mut(STEP).enumerate() {
+                        let wide = &mut wide[..out.len()];
+                        self.matrix.decode_row(isa, self.first + row, i * STEP, wide);
+                        narrow(isa, wide, out);
+                    }
                 }
             },
         );
