@@ -7,6 +7,9 @@ of its own, so that one that dies is a row and not the end. Steps are timed in t
 the median is reported; memory is measured in fresh processes, above the same process with everything imported. A row
 says whether the gradients agree with a float model that holds exactly the decoded weights; a time without that is worth
 nothing.
+
+How torch's idle OpenMP threads wait (OMP_WAIT_POLICY of the environment: default, passive, active) changes the times of
+both; the results name it.
 """
 
 from __future__ import annotations
@@ -124,6 +127,7 @@ def machine(threads: int) -> dict[str, Any]:
         "ferrolora_isa": _native.isa(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
         "versions": {"ferrolora": ferrolora.__version__} | {name: version(name) for name in PACKAGES},
@@ -160,7 +164,7 @@ def main() -> int:
     rows = {case: measure(case, arguments.rounds, arguments.threads) for case in arguments.models}
     print(table(rows))
     header = machine(arguments.threads)
-    path = arguments.out / f"train_step-{header['date']}.json"
+    path = arguments.out / f"train_step-{header['date']}-{header['omp_wait_policy'].lower()}.json"
     path.write_text(json.dumps({**header, "command": " ".join(["python", *sys.argv]), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
     return 0 if all(row["ferrolora"]["right"] for row in rows.values()) else 1
