@@ -151,34 +151,6 @@ fn linear_backward<'py>(
     })
 }
 
-/// A gradient computed in float32 and written in the type of its tensor.
-struct Gradient<'a> {
-    out: FloatsMut<'a>,
-    wide: Vec<f32>,
-}
-
-impl<'a> Gradient<'a> {
-    fn new(out: FloatsMut<'a>) -> Self {
-        let wide = if matches!(out, FloatsMut::F32(_)) { Vec::new() } else { vec![0.0; out.len()] };
-        Self { out, wide }
-    }
-
-    fn target(&mut self) -> &mut [f32] {
-        match &mut self.out {
-            FloatsMut::F32(out) => out,
-            _ => &mut self.wide,
-        }
-    }
-
-    fn finish(self) {
-        match self.out {
-            FloatsMut::F32(_) => {}
-            FloatsMut::F16(out) => out.iter_mut().zip(self.wide).for_each(|(o, v)| *o = half::f16::from_f32(v)),
-            FloatsMut::Bf16(out) => out.iter_mut().zip(self.wide).for_each(|(o, v)| *o = half::bf16::from_f32(v)),
-        }
-    }
-}
-
 /// Writes what is not None of dx, `da [r, K]` and `db [N, r]`. Only da needs x, only db needs s.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -226,17 +198,8 @@ fn linear_lora_backward<'py>(
     with_weight!(py, weight, weight => {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
-        let (mut da, mut db) = (da.map(Gradient::new), db.map(Gradient::new));
-        let branch = LoraGradients {
-            lora: &lora,
-            x,
-            s,
-            da: da.as_mut().map(Gradient::target),
-            db: db.as_mut().map(Gradient::target),
-        };
-        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx, lora: Some(branch) })?;
-        da.into_iter().chain(db).for_each(Gradient::finish);
-        Ok(())
+        let branch = LoraGradients { lora: &lora, x, s, da, db };
+        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx, lora: Some(branch) })
     })
 }
 

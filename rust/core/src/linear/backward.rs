@@ -9,14 +9,15 @@
 //! columns of dX. A task owns a range of those columns.
 
 use super::lora::LowRank;
+use super::low_rank_gradients::{LoraGradients, TypedGradients};
 use super::panel::{Source, column_panel, padded, row_sliver};
-use super::reduce::{COLUMNS, columns_per_task, over_rows};
+use super::reduce::{COLUMNS, columns_per_task};
 use super::tile::{self, DEPTH, Panel, Sliver, width_for};
 use super::weight::Weight;
 use super::{dropout, scratch};
 use crate::Result;
-use crate::dtype::{Element, Floats, FloatsMut, like, like_mut, narrow, with_floats};
-use crate::error::{check_len, check_matrix};
+use crate::dtype::{Element, Floats, FloatsMut, like_mut, narrow, with_floats};
+use crate::error::check_matrix;
 use crate::exec::Exec;
 use crate::parallel::{self, split_columns};
 use crate::simd::{Isa, LANES, Op};
@@ -36,21 +37,6 @@ pub struct Gradients<'a> {
     pub lora: Option<LoraGradients<'a>>,
 }
 
-/// Inputs and outputs of the low-rank branch's backward.
-#[derive(Debug)]
-pub struct LoraGradients<'a> {
-    /// The branch.
-    pub lora: &'a LowRank<'a>,
-    /// x `[M, K]` of the forward pass, in the type of dY. Only dA needs it.
-    pub x: Option<Floats<'a>>,
-    /// S `[M, r]` of the forward pass, in the type of dY. Only dB needs it.
-    pub s: Option<Floats<'a>>,
-    /// dA `[r, K]`, float32.
-    pub da: Option<&'a mut [f32]>,
-    /// dB `[N, r]`, float32.
-    pub db: Option<&'a mut [f32]>,
-}
-
 /// Computes what `gradients` asks for from `dy [rows, N]`.
 ///
 /// # Errors
@@ -63,41 +49,16 @@ pub fn backward(exec: &Exec, rows: usize, dy: Floats<'_>, weight: &Weight<'_>, g
         check_matrix("dx", (rows, k), dx.len())?;
     }
     if let Some(branch) = &gradients.lora {
-        branch.lora.check(weight)?;
-        if let Some(da) = &branch.da {
-            check_len("da", branch.lora.a.len(), da.len())?;
-            check_matrix("x", (rows, k), branch.x.map_or(0, |x| x.len()))?;
-        }
-        if let Some(db) = &branch.db {
-            check_len("db", branch.lora.b.len(), db.len())?;
-            check_matrix("s", (rows, branch.lora.rank), branch.s.map_or(0, |s| s.len()))?;
-        }
+        branch.check(rows, weight)?;
     }
     with_floats!(Floats, dy, dy => typed(exec, rows, dy, weight, gradients))
 }
 
 fn typed<E: Element>(exec: &Exec, rows: usize, dy: &[E], weight: &Weight<'_>, gradients: Gradients<'_>) -> Result<()> {
     let dx = gradients.dx.map(|dx| like_mut(dy, "dy", "dx", dx)).transpose()?.unwrap_or_default();
-    let branch = match gradients.lora {
-        None => None,
-        Some(branch) => Some(Branch {
-            lora: branch.lora,
-            x: branch.x.map(|x| like(dy, "dy", "x", x)).transpose()?.unwrap_or_default(),
-            s: branch.s.map(|s| like(dy, "dy", "s", s)).transpose()?.unwrap_or_default(),
-            da: branch.da,
-            db: branch.db,
-        }),
-    };
+    let branch = gradients.lora.map(|branch| branch.typed(dy)).transpose()?;
     exec.isa.run(Backward { exec, rows, dy, weight, dx, branch });
     Ok(())
-}
-
-struct Branch<'a, E> {
-    lora: &'a LowRank<'a>,
-    x: &'a [E],
-    s: &'a [E],
-    da: Option<&'a mut [f32]>,
-    db: Option<&'a mut [f32]>,
 }
 
 struct Backward<'a, E> {
@@ -107,7 +68,7 @@ struct Backward<'a, E> {
     weight: &'a Weight<'a>,
     /// Empty if not asked for.
     dx: &'a mut [E],
-    branch: Option<Branch<'a, E>>,
+    branch: Option<TypedGradients<'a, E>>,
 }
 
 impl<E: Element> Op for Backward<'_, E> {
@@ -116,7 +77,7 @@ impl<E: Element> Op for Backward<'_, E> {
     fn eval<I: Isa>(self, isa: I) {
         let (n, k) = (self.weight.out_features(), self.weight.in_features());
         let threads = self.exec.threads_for(self.rows * n * k / 16);
-        let lora = self.branch.as_ref().map(|branch| branch.lora);
+        let lora = self.branch.as_ref().map(TypedGradients::lora);
         let rank = lora.map_or(0, LowRank::rank);
         let mut ds = vec![0.0_f32; self.rows * rank];
         let mut dx = self.dx;
@@ -130,7 +91,7 @@ impl<E: Element> Op for Backward<'_, E> {
         }
         if let Some(branch) = self.branch {
             let dy = Source::plain(self.dy, n);
-            branch.weight_gradients(isa, threads, self.rows, &dy, &ds, k);
+            branch.compute(isa, threads, self.rows, &dy, &ds, k);
         }
     }
 }
@@ -394,40 +355,6 @@ fn mask_tiles<I: Isa>(
         let width = width_for::<I>(cols - first);
         for (i, values) in tiles[first * tall..][..tall * width].chunks_mut(width).enumerate() {
             dropout::apply(dropout, row + i, col + first, values);
-        }
-    }
-}
-
-impl<E: Element> Branch<'_, E> {
-    fn weight_gradients<I: Isa>(self, isa: I, threads: usize, rows: usize, dy: &Source<'_, E>, ds: &[f32], k: usize) {
-        let rank = self.lora.rank;
-        if rank == 0 {
-            return; // dA and dB have no element
-        }
-        if let Some(da) = self.da {
-            let x = Source { data: self.x, cols: k, first_row: 0, dropout: self.lora.dropout };
-            let width = columns_per_task(k);
-            let parts = split_columns(da, k, width);
-            over_rows(isa, threads, (ds, rank), &x, (rows, width), parts, |part, cols, da: Vec<&mut [f32]>| {
-                for (i, line) in da.into_iter().enumerate() {
-                    for (c, value) in line.iter_mut().enumerate() {
-                        *value = part.get::<I>(i, c, cols);
-                    }
-                }
-            });
-        }
-        if let Some(db) = self.db {
-            let width = columns_per_task(dy.cols);
-            let parts: Vec<_> = db.chunks_mut(width * rank).collect();
-            let scaling = self.lora.scaling;
-            let s: Vec<f32> = self.s.iter().map(|v| v.to_f32()).collect();
-            over_rows(isa, threads, (&s, rank), dy, (rows, width), parts, |part, cols, db: &mut [f32]| {
-                for (c, line) in db.chunks_mut(rank).enumerate() {
-                    for (i, value) in line.iter_mut().enumerate() {
-                        *value = scaling * part.get::<I>(i, c, cols);
-                    }
-                }
-            });
         }
     }
 }

@@ -12,7 +12,8 @@
 //! | `panel` | copying and decoding into panels |
 //! | `gemm` | forward for many rows |
 //! | `gemv` | forward for up to eight rows |
-//! | `backward` | dX, and with `reduce` dA and dB |
+//! | `backward` | dX |
+//! | `low_rank_gradients` | dA and dB, by `reduce` |
 //! | `reduce` | products that sum over rows |
 //! | `lora` | the low-rank branch's operands |
 //! | `dropout` | the counter-based mask |
@@ -24,15 +25,17 @@ mod forward;
 mod gemm;
 mod gemv;
 mod lora;
+mod low_rank_gradients;
 mod panel;
 mod reduce;
 mod scratch;
 mod tile;
 mod weight;
 
-pub use backward::{Gradients, LoraGradients, backward};
+pub use backward::{Gradients, backward};
 pub use forward::forward;
 pub use lora::{Dropout, LowRank};
+pub use low_rank_gradients::LoraGradients;
 pub use weight::Weight;
 
 #[cfg(test)]

@@ -198,8 +198,8 @@ impl<E: Typed> Case<E> {
             lora,
             x: Some(E::wrap(&self.x)),
             s: Some(E::wrap(&out.s)),
-            da: Some(&mut out.da),
-            db: Some(&mut out.db),
+            da: Some(FloatsMut::F32(&mut out.da)),
+            db: Some(FloatsMut::F32(&mut out.db)),
         });
         let gradients = Gradients { dx: Some(E::wrap_mut(&mut out.dx)), lora: branch };
         backward(exec, m, E::wrap(&self.dy), &weight, gradients).expect("fits");
@@ -353,7 +353,13 @@ fn a_branch_of_rank_zero_adds_nothing() {
         let (x, bias) = (Floats::F32(&case.x), Some(Floats::F32(&case.bias)));
         let (out, s) = (FloatsMut::F32(&mut y), FloatsMut::F32(&mut []));
         forward(&exec, m, x, &weight, bias, Some(&lora), out, Some(s)).expect("fits");
-        let branch = LoraGradients { lora: &lora, x: Some(x), s: Some(none), da: Some(&mut []), db: Some(&mut []) };
+        let branch = LoraGradients {
+            lora: &lora,
+            x: Some(x),
+            s: Some(none),
+            da: Some(FloatsMut::F32(&mut [])),
+            db: Some(FloatsMut::F32(&mut [])),
+        };
         let gradients = Gradients { dx: Some(FloatsMut::F32(&mut dx)), lora: Some(branch) };
         backward(&exec, m, Floats::F32(&case.dy), &weight, gradients).expect("fits");
         assert_eq!((y, dx), (expected.y, expected.dx));
@@ -397,7 +403,7 @@ fn gradients_that_are_not_asked_for_are_not_needed() {
     let (weight, lora) = (case.stored.weight(30, 64), case.lora().expect("r > 0"));
     let mut db = vec![f32::NAN; 120];
     let s = Some(Floats::F32(&all.s));
-    let branch = LoraGradients { lora: &lora, x: None, s, da: None, db: Some(&mut db) };
+    let branch = LoraGradients { lora: &lora, x: None, s, da: None, db: Some(FloatsMut::F32(&mut db)) };
     backward(&exec, 20, Floats::F32(&case.dy), &weight, Gradients { dx: None, lora: Some(branch) }).expect("fits");
     assert_eq!(db, all.db);
 }
