@@ -165,7 +165,9 @@ def main() -> int:
     print(table(rows))
     header = machine(arguments.threads)
     path = arguments.out / f"train_step-{header['date']}-{header['omp_wait_policy'].lower()}.json"
-    path.write_text(json.dumps({**header, "command": " ".join(["python", *sys.argv]), "rows": rows}, indent=2) + "\n")
+    options = f"--rounds {arguments.rounds} --threads {arguments.threads} --models {' '.join(arguments.models)}"
+    header["command"] = f"python benches/python/train_step.py {options}"
+    path.write_text(json.dumps({**header, "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
     return 0 if all(row["ferrolora"]["right"] for row in rows.values()) else 1
 
