@@ -20,13 +20,13 @@ impl Exec {
         Ok(Self { isa: IsaKind::detect()?, threads: threads.max(1) })
     }
 
-    /// `threads` for work of `operations` scalar operations, or 1 when waking a second thread would
+    /// All `threads` for work of `operations` scalar operations, or 1 when waking a second thread would
     /// cost more than it saves.
     #[must_use]
     pub(crate) fn threads_for(&self, operations: usize) -> usize {
         /// A helper thread wakes in 10-20 µs; one core does about this many operations meanwhile. The
         /// unit tests put small problems on every thread they ask for.
         const WORTH_A_THREAD: usize = if cfg!(test) { 1 } else { 1 << 19 };
-        self.threads.min((operations / WORTH_A_THREAD).max(1))
+        if operations >= 2 * WORTH_A_THREAD { self.threads } else { 1 }
     }
 }

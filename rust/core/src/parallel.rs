@@ -1,4 +1,5 @@
-//! The thread pool: rayon workers beside the calling thread, which always takes part.
+//! The threads: those of the host program if it lends them, else rayon workers; the calling thread
+//! always takes part.
 //!
 //! Work is a list of tasks fixed by the problem alone; threads take the next task from the list. No
 //! task's result depends on which thread ran it, so results never depend on the number of threads.
@@ -29,17 +30,27 @@ fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
     Some(built)
 }
 
+/// Runs a piece of work on each of a number of threads, the calling one included, and returns when all
+/// have finished; or returns false, having run nothing.
+pub type Team = fn(threads: usize, work: &(dyn Fn() + Sync)) -> bool;
+
+static HOST: OnceLock<Team> = OnceLock::new();
+
+/// Lends the host program's threads. A host whose own threads wait actively for its next operation
+/// would otherwise keep a core from ours. The first call decides; later ones change nothing.
+pub fn use_host_threads(team: Team) {
+    let _decided_before = HOST.set(team);
+}
+
 /// Runs `work` on every task, on at most `threads` threads, the calling one included.
 ///
 /// # Panics
 /// If `work` panics.
 pub fn for_each<T: Send>(threads: usize, tasks: Vec<T>, work: impl Fn(T) + Sync) {
-    let helpers = threads.min(tasks.len()).saturating_sub(1);
-    let pool = if helpers == 0 { None } else { pool(threads - 1) };
-    let Some(pool) = pool else {
+    if threads <= 1 || tasks.len() <= 1 {
         tasks.into_iter().for_each(work);
         return;
-    };
+    }
     let queue = Mutex::new(tasks.into_iter());
     let drain = || {
         loop {
@@ -51,8 +62,13 @@ pub fn for_each<T: Send>(threads: usize, tasks: Vec<T>, work: impl Fn(T) + Sync)
             }
         }
     };
+    // Always the same number of threads, even for fewer tasks: a team that changes its size is rebuilt.
+    if HOST.get().is_some_and(|team| team(threads, &drain)) {
+        return;
+    }
+    let Some(pool) = pool(threads - 1) else { return drain() };
     pool.in_place_scope(|scope| {
-        for _ in 0..helpers {
+        for _ in 1..threads {
             scope.spawn(|_| drain());
         }
         drain();

@@ -7,6 +7,8 @@ mod buffer;
 mod error;
 mod info;
 mod linear;
+#[cfg(target_os = "linux")]
+mod openmp;
 mod quantize;
 
 use pyo3::prelude::*;
@@ -14,6 +16,8 @@ use pyo3::prelude::*;
 /// Kernels of ferrolora on CPU tensors.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    #[cfg(target_os = "linux")]
+    openmp::register();
     info::register(module)?;
     quantize::register(module)?;
     linear::register(module)
