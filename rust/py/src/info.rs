@@ -21,7 +21,7 @@ fn isa(py: Python<'_>) -> PyResult<&'static str> {
 /// Instruction sets of this machine, the plainest first.
 #[pyfunction]
 fn available_isas() -> Vec<&'static str> {
-    IsaKind::available().into_iter().map(IsaKind::name).collect()
+    IsaKind::all().into_iter().map(IsaKind::name).collect()
 }
 
 /// Value of each code of "nf4", "fp4" or "dynamic8".

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::finite::{INFINITY_BITS, non_finite};
 use super::quantize::absmax_bits;
-use crate::dtype::{Element, Floats, FloatsMut, narrow, with_floats};
+use crate::dtype::{Element, Floats, FloatsMut, with_floats};
 use crate::error::{check_len, check_matrix};
 use crate::simd::{Isa, LANES, Op};
 use crate::{Exec, Result, parallel};
@@ -33,16 +33,16 @@ impl<'a> Int8Matrix<'a> {
 
     /// Decodes `out.len()` values of row `row` from column `col`.
     #[inline(always)]
-    pub(crate) fn decode_row<I: Isa>(&self, isa: I, row: usize, col: usize, out: &mut [f32]) {
+    pub(crate) fn decode_row<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {
         let codes = &self.codes[row * self.cols + col..][..out.len()];
         let (scb, inverse) = (isa.splat(self.scb[row]), isa.splat(INVERSE_127));
         let (body, tail) = out.as_chunks_mut::<LANES>();
         let (codes_body, codes_tail) = codes.as_chunks::<LANES>();
         for (lanes, codes) in body.iter_mut().zip(codes_body) {
-            isa.store(isa.mul(isa.mul(isa.load_i8(codes), scb), inverse), lanes);
+            E::store(isa, isa.mul(isa.mul(isa.load_i8(codes), scb), inverse), lanes);
         }
         for (value, code) in tail.iter_mut().zip(codes_tail) {
-            *value = f32::from(*code) * self.scb[row] * INVERSE_127;
+            *value = E::from_f32(f32::from(*code) * self.scb[row] * INVERSE_127);
         }
     }
 }
@@ -143,18 +143,11 @@ impl<E: Element> Op for DecodeRows<'_, E> {
     type Output = ();
 
     fn eval<I: Isa>(self, isa: I) {
-        /// Values decoded at a time, on the stack.
-        const STEP: usize = 512;
         isa.vectorize(
             #[inline(always)]
             || {
-                let mut wide = [0.0_f32; STEP];
                 for (row, out) in self.out.chunks_mut(self.matrix.cols).enumerate() {
-                    for (i, out) in out.chunks_mut(STEP).enumerate() {
-                        let wide = &mut wide[..out.len()];
-                        self.matrix.decode_row(isa, self.first + row, i * STEP, wide);
-                        narrow(isa, wide, out);
-                    }
+                    self.matrix.decode_row(isa, self.first + row, 0, out);
                 }
             },
         );

@@ -14,7 +14,7 @@ use super::panel::{Source, column_panel, padded, row_sliver};
 use super::reduce::{COLUMNS, columns_per_task};
 use super::tile::{self, DEPTH, Panel, Sliver, width_for};
 use super::weight::Weight;
-use super::{dropout, scratch};
+use super::{bf16, dropout, scratch};
 use crate::Result;
 use crate::dtype::{Element, Floats, FloatsMut, like_mut, narrow, with_floats};
 use crate::error::check_matrix;
@@ -51,14 +51,22 @@ pub fn backward(exec: &Exec, rows: usize, dy: Floats<'_>, weight: &Weight<'_>, g
     if let Some(branch) = &gradients.lora {
         branch.check(rows, weight)?;
     }
-    with_floats!(Floats, dy, dy => typed(exec, rows, dy, weight, gradients))
+    if let (Floats::Bf16(dy), true) = (dy, exec.isa.has_dots()) {
+        let (dx, branch) = like_dy(dy, gradients)?;
+        exec.isa.run_dots(bf16::Backward { exec, rows, dy, weight, dx, branch });
+        return Ok(());
+    }
+    with_floats!(Floats, dy, dy => {
+        let (dx, branch) = like_dy(dy, gradients)?;
+        exec.isa.run(Backward { exec, rows, dy, weight, dx, branch });
+    });
+    Ok(())
 }
 
-fn typed<E: Element>(exec: &Exec, rows: usize, dy: &[E], weight: &Weight<'_>, gradients: Gradients<'_>) -> Result<()> {
+/// dX, empty if it is not asked for, and the branch's gradients, in the type of `dy`.
+fn like_dy<'a, E: Element>(dy: &[E], gradients: Gradients<'a>) -> Result<(&'a mut [E], Option<TypedGradients<'a, E>>)> {
     let dx = gradients.dx.map(|dx| like_mut(dy, "dy", "dx", dx)).transpose()?.unwrap_or_default();
-    let branch = gradients.lora.map(|branch| branch.typed(dy)).transpose()?;
-    exec.isa.run(Backward { exec, rows, dy, weight, dx, branch });
-    Ok(())
+    Ok((dx, gradients.lora.map(|branch| branch.typed(dy)).transpose()?))
 }
 
 struct Backward<'a, E> {

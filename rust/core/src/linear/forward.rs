@@ -2,7 +2,7 @@
 
 use super::lora::LowRank;
 use super::weight::Weight;
-use super::{gemm, gemv};
+use super::{bf16, gemm, gemv};
 use crate::Result;
 use crate::dtype::{Element, Floats, FloatsMut, like_mut, with_floats};
 use crate::error::{check_len, check_matrix};
@@ -42,6 +42,12 @@ pub fn forward(
     }
     let bias = bias.map(|b| b.widened());
     let problem = Problem { rows, weight, bias: bias.as_deref(), lora };
+    if let (Floats::Bf16(x), true) = (x, exec.isa.has_dots()) {
+        let y = like_mut(x, "x", "y", y)?;
+        let s = s.map(|s| like_mut(x, "x", "s", s)).transpose()?.unwrap_or_default();
+        exec.isa.run_dots(bf16::Forward { exec, problem: &problem, x, y, s });
+        return Ok(());
+    }
     with_floats!(Floats, x, x => {
         let y = like_mut(x, "x", "y", y)?;
         let s = s.map(|s| like_mut(x, "x", "s", s)).transpose()?;

@@ -54,11 +54,11 @@ impl<'a> LoraGradients<'a> {
 
 /// [`LoraGradients`] whose activations have one known type.
 pub(super) struct TypedGradients<'a, E> {
-    lora: &'a LowRank<'a>,
-    x: &'a [E],
-    s: &'a [E],
-    da: Option<FloatsMut<'a>>,
-    db: Option<FloatsMut<'a>>,
+    pub(super) lora: &'a LowRank<'a>,
+    pub(super) x: &'a [E],
+    pub(super) s: &'a [E],
+    pub(super) da: Option<FloatsMut<'a>>,
+    pub(super) db: Option<FloatsMut<'a>>,
 }
 
 impl<'a, E: Element> TypedGradients<'a, E> {
@@ -105,7 +105,7 @@ impl<'a, E: Element> TypedGradients<'a, E> {
 }
 
 /// Lets `work` fill a float32 buffer of the size of `out`: `out` itself, or one that is then rounded into it.
-fn in_float32<I: Isa>(isa: I, out: FloatsMut<'_>, work: impl FnOnce(&mut [f32])) {
+pub(super) fn in_float32<I: Isa>(isa: I, out: FloatsMut<'_>, work: impl FnOnce(&mut [f32])) {
     if let FloatsMut::F32(out) = out {
         return work(out);
     }

@@ -13,6 +13,7 @@
 //! | `gemm` | forward for many rows |
 //! | `gemv` | forward for up to eight rows |
 //! | `backward` | dX |
+//! | `bf16` | all of it on bfloat16 activations, where the machine multiplies them directly |
 //! | `low_rank_gradients` | dA and dB, by `reduce` |
 //! | `reduce` | products that sum over rows |
 //! | `lora` | the low-rank branch's operands |
@@ -20,6 +21,7 @@
 //! | `scratch` | buffers that threads keep between calls |
 
 mod backward;
+mod bf16;
 pub mod dropout;
 mod forward;
 mod gemm;

@@ -4,6 +4,7 @@ use crate::Result;
 use crate::codec::dequantize::decode_range;
 use crate::codec::int8::Int8Matrix;
 use crate::codec::spec::Packed;
+use crate::dtype::Element;
 use crate::error::check_matrix;
 use crate::simd::Isa;
 
@@ -63,7 +64,7 @@ impl<'a> Weight<'a> {
 
     /// Dequantizes `out.len()` values of row `row` from column `col`.
     #[inline(always)]
-    pub(super) fn decode<I: Isa>(&self, isa: I, row: usize, col: usize, out: &mut [f32]) {
+    pub(super) fn decode<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {
         match &self.storage {
             Storage::FourBit(packed) => decode_range(isa, packed, row * self.in_features + col, out),
             Storage::Int8(matrix) => matrix.decode_row(isa, row, col, out),

@@ -289,4 +289,68 @@ impl Isa for Avx2 {
         );
         (u64::from(low) | (u64::from(high) << 32)).to_le_bytes()
     }
+
+    #[inline(always)]
+    fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX; `src` is 64 readable bytes, and the loads are unaligned.
+        unsafe { [_mm256_loadu_ps(src.cast()), _mm256_loadu_ps(src.add(LANES).cast())] }
+    }
+    #[inline(always)]
+    fn store_pairs(self, value: Self::F, dst: &mut [bf16; 2 * LANES]) {
+        let dst = dst.as_mut_ptr();
+        // SAFETY: `self` proves AVX; `dst` is 64 writable bytes, and the stores are unaligned.
+        unsafe {
+            _mm256_storeu_ps(dst.cast(), value[0]);
+            _mm256_storeu_ps(dst.add(LANES).cast(), value[1]);
+        }
+    }
+    #[inline(always)]
+    fn zip_pairs(self, a: &[bf16; LANES], b: &[bf16; LANES]) -> Self::F {
+        let (a, b) = (a.as_ptr(), b.as_ptr());
+        // SAFETY: `self` proves AVX2; `a` and `b` are 32 readable bytes each, 16 at each offset.
+        unsafe {
+            [0, 8].map(
+                #[inline(always)]
+                |i| {
+                    let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(a.add(i).cast()));
+                    let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(b.add(i).cast()));
+                    _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32::<16>(high)))
+                },
+            )
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        let (top, bottom): ([Self::F; 8], [Self::F; 8]) =
+            (std::array::from_fn(|i| rows[i]), std::array::from_fn(|i| rows[i + 8]));
+        let quarter = |rows: [Self::F; 8], half: usize| self.transpose_eight(rows.map(|row| row[half]));
+        let [a, b] = [0, 1].map(|half| (quarter(top, half), quarter(bottom, half)));
+        std::array::from_fn(|i| if i < 8 { [a.0[i], a.1[i]] } else { [b.0[i - 8], b.1[i - 8]] })
+    }
+}
+
+impl Avx2 {
+    /// Lane j of row i becomes lane i of row j.
+    #[inline(always)]
+    fn transpose_eight(self, r: [__m256; 8]) -> [__m256; 8] {
+        let mut out = r;
+        // SAFETY: `self` proves AVX.
+        unsafe {
+            for i in [0, 4] {
+                let (a, b) = (_mm256_unpacklo_ps(r[i], r[i + 1]), _mm256_unpackhi_ps(r[i], r[i + 1]));
+                let (c, d) = (_mm256_unpacklo_ps(r[i + 2], r[i + 3]), _mm256_unpackhi_ps(r[i + 2], r[i + 3]));
+                out[i] = _mm256_shuffle_ps::<0x44>(a, c);
+                out[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+                out[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                out[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+            }
+            let half = out;
+            for i in 0..4 {
+                out[i] = _mm256_permute2f128_ps::<0x20>(half[i], half[i + 4]);
+                out[i + 4] = _mm256_permute2f128_ps::<0x31>(half[i], half[i + 4]);
+            }
+        }
+        out
+    }
 }

@@ -204,4 +204,58 @@ impl Isa for Avx512 {
             _mm_cvtsi128_si64(_mm512_cvtepi64_epi8(joined)).to_le_bytes()
         }
     }
+
+    #[inline(always)]
+    fn load_pairs(self, src: &[bf16; 2 * LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 64 readable bytes, and the load is unaligned.
+        unsafe { _mm512_loadu_ps(src.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn store_pairs(self, value: __m512, dst: &mut [bf16; 2 * LANES]) {
+        // SAFETY: `self` proves AVX-512F; `dst` is 64 writable bytes, and the store is unaligned.
+        unsafe { _mm512_storeu_ps(dst.as_mut_ptr().cast(), value) }
+    }
+    #[inline(always)]
+    fn zip_pairs(self, a: &[bf16; LANES], b: &[bf16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `a` and `b` are 32 readable bytes each.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a.as_ptr().cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(b.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
+        let mut r = rows;
+        // SAFETY: `self` proves AVX-512F.
+        unsafe {
+            // Within each 128-bit part: 2 × 2 blocks of single lanes, then of pairs of them.
+            for i in (0..LANES).step_by(2) {
+                (r[i], r[i + 1]) = (_mm512_unpacklo_ps(r[i], r[i + 1]), _mm512_unpackhi_ps(r[i], r[i + 1]));
+            }
+            for i in (0..LANES).step_by(4) {
+                let [a, b, c, d] = [r[i], r[i + 1], r[i + 2], r[i + 3]].map(
+                    #[inline(always)]
+                    |v| _mm512_castps_pd(v),
+                );
+                r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            // Row 4g + i now holds, in part p, lanes 4p + i of rows 4g .. 4g + 4: transpose the parts.
+            let mut out = r;
+            for i in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x88>(r[i], r[i + 4]);
+                let high = _mm512_shuffle_f32x4::<0xdd>(r[i], r[i + 4]);
+                let low_after = _mm512_shuffle_f32x4::<0x88>(r[i + 8], r[i + 12]);
+                let high_after = _mm512_shuffle_f32x4::<0xdd>(r[i + 8], r[i + 12]);
+                out[i] = _mm512_shuffle_f32x4::<0x88>(low, low_after);
+                out[i + 4] = _mm512_shuffle_f32x4::<0x88>(high, high_after);
+                out[i + 8] = _mm512_shuffle_f32x4::<0xdd>(low, low_after);
+                out[i + 12] = _mm512_shuffle_f32x4::<0xdd>(high, high_after);
+            }
+            out
+        }
+    }
 }

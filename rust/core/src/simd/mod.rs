@@ -7,10 +7,13 @@
 //! A value of a type that implements [`Isa`] is the proof that this machine has the instructions:
 //! only the type's `detect` makes one.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod dots;
 mod scalar;
 
 use std::fmt::Debug;
@@ -18,6 +21,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use self::dots::Dots;
 use crate::{Error, Result};
 
 /// Logical float32 lanes of [`Isa::F`], on every instruction set.
@@ -109,6 +113,15 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
 
     /// All lanes `value`.
     fn splat_i(self, value: i32) -> Self::I;
+
+    /// Sixteen pairs of bfloat16, each pair the bits of a lane: the first of it the low half.
+    fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F;
+    /// The inverse of [`Isa::load_pairs`].
+    fn store_pairs(self, value: Self::F, dst: &mut [bf16; 2 * LANES]);
+    /// The pairs `(a[i], b[i])`.
+    fn zip_pairs(self, a: &[bf16; LANES], b: &[bf16; LANES]) -> Self::F;
+    /// Lane j of row i becomes lane i of row j.
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES];
 }
 
 /// Work that is generic over the instruction set: a struct of its inputs with one `eval`.
@@ -117,6 +130,12 @@ pub trait Op {
     type Output;
     /// Does the work with `isa`. The instructions are enabled inside [`Isa::vectorize`] only.
     fn eval<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+/// Work on bfloat16 that is generic over the instructions for it.
+pub(crate) trait DotsOp {
+    /// Does the work with `dots`.
+    fn eval<D: Dots>(self, dots: D);
 }
 
 /// An instruction set that this machine was found to have.
@@ -130,10 +149,13 @@ pub enum IsaKind {
     /// AVX-512 F, BW, DQ and VL, beside what AVX2 asks for.
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    /// AMX with bfloat16, beside what AVX-512 asks for.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx(amx::Amx),
 }
 
 impl IsaKind {
-    /// Every instruction set of this machine, the plainest first.
+    /// Every instruction set of this machine for float32 arithmetic, the plainest first. All give the same bits.
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut found = vec![Self::Scalar(scalar::Scalar)];
@@ -145,7 +167,17 @@ impl IsaKind {
         found
     }
 
-    /// `"scalar"`, `"avx2"` or `"avx512"`.
+    /// [`IsaKind::available`], and after them those that also multiply bfloat16 matrices, which give other
+    /// roundings there and the same bits in everything else.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let mut found = Self::available();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        found.extend(amx::Amx::detect().map(Self::Amx));
+        found
+    }
+
+    /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -154,10 +186,12 @@ impl IsaKind {
             Self::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(_) => "amx",
         }
     }
 
-    /// The best of [`IsaKind::available`], or the one that the environment variable `FERROLORA_ISA`
+    /// The last of [`IsaKind::all`], or the one that the environment variable `FERROLORA_ISA`
     /// names. Looked up once per process.
     ///
     /// # Errors
@@ -173,12 +207,12 @@ impl IsaKind {
     }
 
     fn choose(forced: Option<&str>) -> Result<Self> {
-        let available = Self::available();
+        let available = Self::all();
         match forced {
             None | Some("") => Ok(available[available.len() - 1]),
             Some(name) => available.iter().copied().find(|kind| kind.name() == name).ok_or_else(|| Error::Unknown {
                 what: "FERROLORA_ISA",
-                allowed: "the instruction sets of this machine (scalar, and where present avx2, avx512)",
+                allowed: "the instruction sets of this machine (scalar, and where present avx2, avx512, amx)",
                 got: name.to_owned(),
             }),
         }
@@ -192,6 +226,28 @@ impl IsaKind {
             Self::Avx2(isa) => op.eval(isa),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(isa) => op.eval(isa),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(amx) => op.eval(amx.base()),
+        }
+    }
+
+    /// Whether it has instructions for bfloat16 products.
+    pub(crate) fn has_dots(self) -> bool {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return matches!(self, Self::Amx(_));
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        false
+    }
+
+    /// Evaluates `op` with the instructions for bfloat16 products.
+    ///
+    /// # Panics
+    /// Unless [`IsaKind::has_dots`].
+    pub(crate) fn run_dots<O: DotsOp>(self, op: O) {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(amx) => op.eval(amx),
+            _ => unreachable!("{} has no bfloat16 products", self.name()),
         }
     }
 }

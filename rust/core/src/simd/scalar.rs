@@ -131,4 +131,28 @@ impl Isa for Scalar {
     fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
         from_fn(|i| ((codes[2 * i] << 4) | codes[2 * i + 1]).cast_unsigned() as u8)
     }
+
+    #[inline(always)]
+    fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
+        from_fn(|i| pair(src[2 * i], src[2 * i + 1]))
+    }
+    #[inline(always)]
+    fn store_pairs(self, value: Self::F, dst: &mut [bf16; 2 * LANES]) {
+        for (pair, value) in dst.as_chunks_mut::<2>().0.iter_mut().zip(value) {
+            let bits = value.to_bits();
+            *pair = [bf16::from_bits(bits as u16), bf16::from_bits((bits >> 16) as u16)];
+        }
+    }
+    #[inline(always)]
+    fn zip_pairs(self, a: &[bf16; LANES], b: &[bf16; LANES]) -> Self::F {
+        from_fn(|i| pair(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        from_fn(|i| from_fn(|j| rows[j][i]))
+    }
+}
+
+fn pair(low: bf16, high: bf16) -> f32 {
+    f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16)
 }

@@ -58,6 +58,19 @@ impl Op for Everything {
                 isa.store(isa.load_bf16(&brains), &mut buffer);
                 out.extend(buffer.map(f32::to_bits));
                 out.extend(isa.pack_nibbles(rank).map(u32::from));
+                let mut pairs = [bf16::ZERO; 2 * LANES];
+                isa.store_pairs(isa.zip_pairs(&brains, &brains.map(|v| -v)), &mut pairs);
+                out.extend(pairs.map(|v| u32::from(v.to_bits())));
+                isa.store_pairs(isa.load_pairs(&pairs), &mut pairs);
+                out.extend(pairs.map(|v| u32::from(v.to_bits())));
+                let mut rows = [a; LANES];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    *row = isa.add(a, isa.mul(b, isa.splat(i as f32)));
+                }
+                for row in isa.transpose(rows) {
+                    isa.store(row, &mut buffer);
+                    out.extend(buffer.map(f32::to_bits));
+                }
                 out.push(isa.reduce_sum(a).to_bits());
                 let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
                 out.push(largest.cast_unsigned());
