@@ -57,7 +57,8 @@ def check(got: Results, case: Case, scaling: float, mask: Tensor | None = None) 
     A float32 sum of t products, in any order, errs by at most t·2⁻²⁴ of the sum of their magnitudes. The magnitudes
     are the same computation on absolute values. The longest chain of roundings to any result is one sum inside
     another inside a third, and 8 more roundings: decoding, mask, scaling, bias. S is also rounded to x's type, which
-    reaches y and dB: that is the low-rank part's magnitude times x's unit.
+    reaches y and dB: that is the low-rank part's magnitude times x's unit. Where bfloat16 is multiplied directly, the
+    low-rank part's float32 values are pairs of bfloat16, each off by 2⁻¹⁷ at most; a result depends on three of them.
     """
     exact = float64_results(case, scaling, mask)
     absolute = Case(*(tensor.detach().abs() for tensor in case))
@@ -70,11 +71,23 @@ def check(got: Results, case: Case, scaling: float, mask: Tensor | None = None) 
     for name in Results._fields:
         value, true = getattr(got, name), getattr(exact, name)
         bound = (terms[name] + 8) * UNIT[torch.float32] * getattr(magnitude, name)
+        if multiplies_directly(case.x.dtype):
+            bound = bound + 3.01 * 2.0**-17 * getattr(low_rank, name)
         if name in ("y", "db"):
             bound = bound + UNIT[case.x.dtype] * getattr(low_rank, name)
         bound = bound + UNIT[value.dtype] * true.abs() + SMALLEST[value.dtype]
         excess = (value.double() - true).abs() / bound
         assert float(excess.max()) <= 1.0, f"{name} exceeds its bound {float(excess.max()):.2f} times"
+
+
+def multiplies_directly(dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply activations of this type with a weight rounded to it."""
+    return dtype == torch.bfloat16 and _native.isa() == "amx"
+
+
+def decoded(qt: fl.QuantTensor, dtype: torch.dtype) -> Tensor:
+    """The weight that the kernels multiply activations of this type with, in float32."""
+    return qt.dequantize(dtype if multiplies_directly(dtype) else torch.float32).float()
 
 
 def make_case(shape: tuple[int, int, int, int], qt: fl.QuantTensor, dtype: torch.dtype, lora: torch.dtype) -> Case:
@@ -83,7 +96,7 @@ def make_case(shape: tuple[int, int, int, int], qt: fl.QuantTensor, dtype: torch
     bias = torch.randn(n).to(lora).requires_grad_()
     a = torch.randn(r, k).to(lora).requires_grad_()
     b = torch.randn(n, r).to(lora).requires_grad_()
-    return Case(x, qt.dequantize(torch.float32), bias, a, b, torch.randn(m, n).to(dtype))
+    return Case(x, decoded(qt, dtype), bias, a, b, torch.randn(m, n).to(dtype))
 
 
 def run(case: Case, qt: fl.QuantTensor, scaling: float) -> Results:
