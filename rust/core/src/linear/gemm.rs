@@ -13,10 +13,10 @@ use super::tile::{self, DEPTH, Panel, Sliver, width_for};
 use crate::dtype::{Element, narrow};
 use crate::exec::Exec;
 use crate::parallel::{self, split_columns};
-use crate::simd::{Isa, Op};
+use crate::simd::{Isa, LANES, Op};
 
 /// Rows of x in panels at a time: at one depth block they fill part of the second-level cache.
-const CHUNK: usize = 384;
+const CHUNK: usize = 512;
 
 /// Slivers of a task at the most: their decoded rows and their tiles stay in the second-level cache.
 const MOST_SLIVERS: usize = 12;
@@ -268,29 +268,38 @@ impl Operands<'_> {
 
     /// Transposes the tiles into the rows of y, adds the bias, and rounds.
     #[inline(always)]
-    fn store<I: Isa, E: Element>(&self, isa: I, n0: usize, slivers: usize, tiles: &[f32], y: Vec<&mut [E]>) {
+    fn store<I: Isa, E: Element>(&self, isa: I, n0: usize, slivers: usize, tiles: &[f32], mut y: Vec<&mut [E]>) {
         let (tall, full) = (tile::rows::<I>(), tile::cols::<I>());
         let room = padded::<I>(self.rows);
+        // A vector is stored whole: what it holds past its sliver is overwritten by the next one.
+        let stride = slivers * tall + LANES;
         scratch::with(
-            slivers * tall,
+            LANES * stride,
             #[inline(always)]
-            |line| {
-                for (row, out) in y.into_iter().enumerate() {
-                    let first = row / full * full;
-                    let width = width_for::<I>(self.rows - first);
-                    for (tiles, part) in tiles.chunks(tall * room).zip(line.chunks_mut(tall)) {
-                        let tile = &tiles[first * tall..][..tall * width];
-                        for (value, sums) in part.iter_mut().zip(tile.chunks(width)) {
-                            *value = sums[row - first];
+            |lines| {
+                for (first, rows) in (0..self.rows).step_by(LANES).zip(y.chunks_mut(LANES)) {
+                    let panel = first / full * full;
+                    let width = width_for::<I>(self.rows - panel);
+                    for (i, tiles) in tiles.chunks(tall * room).enumerate() {
+                        let tile = &tiles[panel * tall..][..tall * width];
+                        let mut block = [isa.splat(0.0); LANES];
+                        for (lanes, sums) in block.iter_mut().zip(tile.chunks(width)) {
+                            *lanes = isa.load(sums[first - panel..].first_chunk().expect("a vector of the tile"));
+                        }
+                        let block = isa.transpose(block);
+                        for (lanes, line) in block.into_iter().zip(lines.chunks_mut(stride)) {
+                            isa.store(lanes, line[i * tall..].first_chunk_mut().expect("room for a vector"));
                         }
                     }
-                    let line = &mut line[..out.len()];
-                    if let Some(bias) = self.problem.bias {
-                        for (value, b) in line.iter_mut().zip(&bias[n0..]) {
-                            *value += b;
+                    for (line, out) in lines.chunks_mut(stride).zip(rows) {
+                        let line = &mut line[..out.len()];
+                        if let Some(bias) = self.problem.bias {
+                            for (value, b) in line.iter_mut().zip(&bias[n0..]) {
+                                *value += b;
+                            }
                         }
+                        narrow(isa, line, out);
                     }
-                    narrow(isa, line, out);
                 }
             },
         );

@@ -68,15 +68,29 @@ pub(super) fn transpose<I: Isa, E: Element>(
                         staged[..depth].fill(0.0);
                     }
                 }
-                for (k, line) in panel.chunks_mut(width).enumerate() {
-                    for (j, value) in line.iter_mut().enumerate() {
-                        *value = staging[j * STRIDE + k];
-                    }
+                for first in (0..width).step_by(LANES) {
+                    transpose_lines(isa, &staging[first * STRIDE..], STRIDE, width, &mut panel[first..]);
                 }
                 rest = after;
             }
         },
     );
+}
+
+/// `out[k, j] = lines[j, k]` for sixteen j, where the rows of `lines` are `stride` apart and those of `out`
+/// `width`. `lines` may be read up to fifteen columns past the last.
+#[inline(always)]
+fn transpose_lines<I: Isa>(isa: I, lines: &[f32], stride: usize, width: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_mut(LANES * width).enumerate() {
+        let mut block = [isa.splat(0.0); LANES];
+        for (lanes, line) in block.iter_mut().zip(lines.chunks(stride)) {
+            *lanes = isa.load(line[i * LANES..].first_chunk().expect("a padded row"));
+        }
+        let block = isa.transpose(block);
+        for (lanes, out) in block.into_iter().zip(out.chunks_mut(width)) {
+            isa.store(lanes, out.first_chunk_mut().expect("a panel row has whole vectors"));
+        }
+    }
 }
 
 /// Decodes rows `row ..` of the weight, columns `col .. col + depth`, into a sliver; rows past the last
