@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import typer
 
-from ferrolora.cli import generate, inspect, quantize, train
+from ferrolora.cli import bench, generate, inspect, quantize, train
 from ferrolora.errors import FerroloraError
 
 
 class Command(NamedTuple):
-    """A row of the table: the function that typer reads the options from, and an example of use."""
+    """A row of the table: what typer reads the options from, an example of use, and whether it needs arguments."""
 
     function: Callable[..., None]
     example: str
+    needs_arguments: bool = True
 
 
 COMMANDS: dict[str, Command] = {
@@ -24,6 +25,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command(train.command, "ferrolora train ./Qwen2.5-0.5B --data chats.jsonl --output ./my-adapter"),
     "generate": Command(generate.command, "ferrolora generate ./Qwen2.5-0.5B --adapter ./my-adapter --prompt 'Hello'"),
     "inspect": Command(inspect.command, "ferrolora inspect ./Qwen2.5-0.5B-nf4"),
+    "bench": Command(
+        bench.command, "ferrolora bench --suite linear --shapes 1x4096x4096,512x4096x4096", needs_arguments=False
+    ),
 }
 
 # typer exports one of the errors of the parser under it; the base of them all tells usage (2) from failure (1).
@@ -42,7 +46,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name, row in COMMANDS.items():
-        app.command(name, epilog=f"Example: {row.example}", no_args_is_help=True)(row.function)
+        app.command(name, epilog=f"Example: {row.example}", no_args_is_help=row.needs_arguments)(row.function)
     return app
 
 

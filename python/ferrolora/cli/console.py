@@ -22,11 +22,12 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 
 
-def print_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
-    """Write aligned columns to stdout: the first to the left, the others to the right."""
+def print_table(rows: Sequence[Sequence[str]], header: Sequence[str], left: int = 1) -> None:
+    """Write aligned columns to stdout: the first `left` to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        pairs = list(zip(row, widths, strict=True))
+        cells = [*(text.ljust(width) for text, width in pairs[:left]), *(text.rjust(n) for text, n in pairs[left:])]
         print("  ".join(cells).rstrip())
 
 
