@@ -44,9 +44,11 @@ wheel:
     maturin build --quiet --release --zig --compatibility manylinux_2_28 --out target/wheels/portable
     @ls -l target/wheels/portable
 
-# a train step against PEFT + bitsandbytes: time and peak memory, into benches/results
+# the table of targets and the train steps against torch, bitsandbytes and PEFT, and the pages made from them
 bench:
-    {{ python }} benches/python/train_step.py
+    {{ python }} -m ferrolora bench --suite targets --threads 2 --json benches/results/bench-targets.json --overwrite
+    {{ python }} -m ferrolora bench --suite train --threads 2 --json benches/results/bench-train.json --overwrite
+    {{ python }} benches/report.py
 
 # the golden vectors, from bitsandbytes
 golden:

@@ -97,8 +97,16 @@ def stale_golden_vectors() -> Iterator[str]:
         yield f"golden vectors: {finished.stderr.strip()}"
 
 
+def stale_report() -> Iterator[str]:
+    """A message for each page, chart or README figure that the committed results do not give."""
+    command = [sys.executable, "benches/report.py", "--check"]
+    finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if finished.returncode:
+        yield f"benchmark report: {finished.stderr.strip()}"
+
+
 def main() -> int:
-    errors = [*second_definitions(), *stale_constraints(), *stale_golden_vectors()]
+    errors = [*second_definitions(), *stale_constraints(), *stale_golden_vectors(), *stale_report()]
     print("\n".join(errors) if errors else f"generated copies: current; {len(CONSTANTS)} constants with one definition")
     return 1 if errors else 0
 

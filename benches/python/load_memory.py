@@ -18,7 +18,8 @@ import threading
 from pathlib import Path
 
 import torch
-from train_step import machine
+
+from ferrolora.bench.machine import machine
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 4096}
 

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from train_step import machine
+
+from ferrolora.bench.machine import machine
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,8 +19,8 @@ def test_the_quickstart_runs_to_its_last_assert(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_figures_are_those_of_the_committed_results() -> None:
-    check = subprocess.run([sys.executable, ROOT / "benches/python/figures.py", "--check"], check=False)
-    assert check.returncode == 0, "python benches/python/figures.py writes them"
+    check = subprocess.run([sys.executable, ROOT / "benches/report.py", "--check"], check=False)
+    assert check.returncode == 0, "python benches/report.py writes them"
 
 
 def test_the_files_that_the_readme_names_are_there() -> None:

@@ -17,6 +17,7 @@ from ferrolora.ops import reference
 from ferrolora.ops.quantize import quantize
 from ferrolora.spec import NESTED_BLOCK_SIZE
 
+CODEC = (SPEC.quant_type, SPEC.block_size)
 SLAB = 2**22  # values that the twin quantizes at a time: it holds 15 comparisons of each
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # codes, absmax codes, their scales, their offset
 
@@ -51,9 +52,7 @@ def case(problem: Problem, peers: frozenset[str]) -> Case:
 
 def _expected(w: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and float32 scales by the reference twin, in slabs of whole blocks."""
-    slabs = [
-        reference.quantize_4bit(slab, SPEC.quant_type, SPEC.block_size) for slab in torch.split(w.reshape(-1), SLAB)
-    ]
+    slabs = [reference.quantize_4bit(slab, *CODEC) for slab in torch.split(w.reshape(-1), SLAB)]
     return torch.cat([codes for codes, _ in slabs]), torch.cat([absmax for _, absmax in slabs])
 
 
@@ -66,13 +65,14 @@ def _parts(w: Tensor) -> Parts:
 
 def _reused(w: Tensor, codes: Tensor, absmax: Tensor) -> Callable[[], Parts]:
     """The native functions over tensors that are kept: the public `quantize` always makes its own."""
-    out = torch.empty_like(codes), torch.empty_like(absmax)
-    nested_codes = torch.empty(absmax.shape, dtype=torch.uint8)
-    nested_absmax = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE))
+    # Not empty: what lies in fresh memory may be the result of another.
+    out = torch.zeros_like(codes), torch.zeros_like(absmax)
+    nested_codes = torch.zeros(absmax.shape, dtype=torch.uint8)
+    nested_absmax = torch.zeros(-(-absmax.numel() // NESTED_BLOCK_SIZE))
 
     def run() -> Parts:
         threads = torch.get_num_threads()
-        _native.quantize_4bit(w, SPEC.quant_type, SPEC.block_size, *out, threads)
+        _native.quantize_4bit(w, *CODEC, *out, threads)
         offset = _native.double_quantize(out[1], nested_codes, nested_absmax, threads)
         return out[0], nested_codes, nested_absmax, torch.tensor(offset)
 

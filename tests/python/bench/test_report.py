@@ -1,0 +1,79 @@
+"""benches/report.py writes page, charts and README figures from result files, and tells when they are stale."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ferrolora.bench.result import result_json
+from tiny.rows import MACHINE, ROWS
+
+REPORT = Path(__file__).parents[3] / "benches" / "report.py"
+COMMAND = "ferrolora bench --suite targets --threads 2 --rounds 3 --json bench-targets.json"
+
+
+def report(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPORT), "--root", str(root), "--results", str(root / "results"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A README with markers and one result."""
+    (tmp_path / "results").mkdir()
+    result = result_json(MACHINE, COMMAND, ROWS)
+    (tmp_path / "results" / "bench-targets.json").write_text(json.dumps(result))
+    (tmp_path / "README.md").write_text("before\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nafter\n")
+    return tmp_path
+
+
+def test_the_page_has_caveats_then_targets_then_losses_then_tables_then_commands(root: Path) -> None:
+    assert report(root).returncode == 0
+    page = (root / "docs/BENCHMARKS.md").read_text()
+    parts = [line for line in page.splitlines() if line.startswith("## ")]
+    assert parts == [
+        "## Caveats",
+        "## Targets",
+        "## Where ferrolora loses",
+        "## All rows",
+        "## Other measurements",
+        "## Commands",
+    ]
+    assert "| linear 16x4096x4096 float32 | torch dense | ≥ 1.6x | 2.00x | pass |" in page
+    assert "| linear 16x4096x4096 float32, scaling | 1 thread | ≥ 1.8x | 1.50x | **miss** |" in page
+    assert "| quantize 4096x4096 float32 | bitsandbytes | ≥ 60x |  | not measured |" in page
+    assert "- lora 512x4096x4096 float32: 0.95 of the speed of torch dense (bench-targets.json)" in page
+    assert "| **0.95x** |" in page
+    assert "WRONG: y: 3 of 8 values outside the bound" in page
+    assert page.count(COMMAND) == 3  # at the targets, at the tables, at the end
+    assert "Test CPU, 2 cores; 2 threads, 2026-11-21" in page
+
+
+def test_the_readme_gets_chart_and_train_steps_between_its_markers(root: Path) -> None:
+    report(root)
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("before\n<!-- figures:begin -->\n![Speed of a linear layer")
+    assert readme.endswith("<!-- figures:end -->\nafter\n")
+    assert "| llama-512, float32 | 100 ms, 100.0 MB | 250 ms, 200.0 MB | 2.50x | 0.50 |" in readme
+    assert (root / "docs/linear.svg").is_file()
+    assert (root / "docs/train.svg").is_file()
+
+
+def test_check_names_what_is_stale_and_writes_nothing(root: Path) -> None:
+    done = report(root, "--check")
+    assert done.returncode == 1
+    assert not (root / "docs").exists()
+    report(root)
+    done = report(root, "--check")
+    assert (done.returncode, done.stderr) == (0, "\n")
+    file = root / "results" / "bench-targets.json"
+    file.write_text(file.read_text().replace("0.002", "0.003"))
+    done = report(root, "--check")
+    assert done.returncode == 1
+    for name in ("BENCHMARKS.md", "linear.svg"):
+        assert f"{name}: not what `python benches/report.py` writes" in done.stderr
+    assert "train.svg" not in done.stderr
