@@ -47,6 +47,13 @@ class Approximation:
         """After one rounding to `dtype`."""
         return Approximation(self.value, self.error + UNIT_ROUNDOFF[dtype] * self.largest + UNDERFLOW[dtype])
 
+    def split(self) -> Approximation:
+        """Each value held as the sum of two bfloat16: what is left after the first is rounded to the second.
+
+        Of a value in [1, 2) at most 2⁻⁸ is left, and rounding that leaves at most 2⁻¹⁷.
+        """
+        return Approximation(self.value, self.error + 2.0**-17 * self.largest)
+
     def scaled(self, factor: float) -> Approximation:
         """Times an exact number; the product's own rounding is left to `rounded`."""
         return Approximation(self.value * factor, self.error * abs(factor))

@@ -50,10 +50,13 @@ def low_rank_layer(x: Tensor, weight: Approximation, a: Tensor, b: Tensor, dy: T
     """Forward and backward of y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ.
 
     Every intermediate result may be rounded once to the type of x: x·Wᵀ, S = x·Aᵀ, s·S·Bᵀ, and their like in backward.
-    The gradients of A and B are rounded to the type of A and B.
+    The gradients of A and B are rounded to the type of A and B. Beside 16-bit activations the float32 factors A and B
+    may be held as pairs of 16-bit values.
     """
     dtype = x.dtype
     wide, up, down, out = (Approximation.exact(tensor) for tensor in (x, a, b, dy))
+    if dtype != torch.float32:
+        up, down = up.split(), down.split()
     s = (wide @ up.T).rounded(dtype)  # [M, r]
     branch = (s @ down.T).scaled(SCALING).rounded(torch.float32).rounded(dtype)
     y = ((wide @ weight.T).rounded(dtype) + branch).rounded(dtype)

@@ -13,8 +13,10 @@ from typing import Any
 
 from ferrolora.bench.contender import OURS
 from ferrolora.bench.plan import Work, plan
+from ferrolora.bench.problem import DTYPES
 from ferrolora.bench.row import Row, times_as_fast
 from ferrolora.bench.shapes import parse_shapes
+from ferrolora.bench.suites.registry import SUITES
 
 PASS, MISS, OPEN = "pass", "miss", "not measured"
 
@@ -107,13 +109,17 @@ def targets(host: str) -> list[Target]:
 
 
 def target_plan() -> list[Work]:
-    """The work that measures every target once, each suite's together."""
-    found = [
-        work
-        for target in sorted(targets("B"), key=lambda target: (target.suite, target.dtype))
-        for work in plan([target.suite], parse_shapes(target.work), [target.dtype])
-    ]
-    return list(dict.fromkeys(found))
+    """The work that measures every target once, in the order of suites and types, the rows of one weight together."""
+    found = {
+        work for target in targets("B") for work in plan([target.suite], parse_shapes(target.work), [target.dtype])
+    }
+    suites, dtypes = list(SUITES), list(DTYPES)
+
+    def place(work: Work) -> tuple[int, ...]:
+        problem = work.problem
+        return suites.index(work.suite), dtypes.index(problem.dtype), problem.n, problem.k, problem.m or 0
+
+    return sorted(found, key=place)
 
 
 def judge(rows: Sequence[Row], machine: dict[str, Any]) -> list[Judged]:

@@ -25,6 +25,15 @@ def test_a_float16_subnormal_is_within_the_bound() -> None:
     assert within("x", tiny.half(), Approximation.exact(tiny).rounded(torch.float16)).right
 
 
+def test_two_bfloat16_hold_a_float32_within_the_bound_of_the_split() -> None:
+    values = torch.randn(10_000) * 10.0 ** torch.randint(-6, 6, (10_000,))
+    high = values.bfloat16().float()
+    pair = high + (values - high).bfloat16().float()
+    bound = Approximation.exact(values).split()
+    assert within("x", pair, bound).right
+    assert (bound.error <= 2.0**-17 * values.double().abs()).all()
+
+
 def test_the_bound_of_a_product_grows_with_its_terms() -> None:
     ones = Approximation.exact(torch.ones(1, 1000))
     product = ones @ ones.T

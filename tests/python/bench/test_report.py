@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,23 @@ import pytest
 from ferrolora.bench.result import result_json
 from tiny.rows import MACHINE, ROWS
 
-REPORT = Path(__file__).parents[3] / "benches" / "report.py"
+BENCHES = Path(__file__).parents[3] / "benches"
 COMMAND = "ferrolora bench --suite targets --threads 2 --rounds 3 --json bench-targets.json"
 
 
-def report(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPORT), "--root", str(root), "--results", str(root / "results"), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def report(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`report("--check")` runs the script over `root` and gives its exit status."""
+    monkeypatch.syspath_prepend(str(BENCHES))
+    script = importlib.import_module("report")
+
+    def run(*options: str) -> int:
+        folders = ["--root", str(root), "--results", str(root / "results")]
+        monkeypatch.setattr(sys, "argv", ["report.py", *folders, *options])
+        status: int = script.main()
+        return status
+
+    return run
 
 
 @pytest.fixture
@@ -31,8 +42,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_has_caveats_then_targets_then_losses_then_tables_then_commands(root: Path) -> None:
-    assert report(root).returncode == 0
+def test_the_page_has_caveats_then_targets_then_losses_then_tables_then_commands(
+    root: Path, report: Callable[..., int]
+) -> None:
+    assert report() == 0
     page = (root / "docs/BENCHMARKS.md").read_text()
     parts = [line for line in page.splitlines() if line.startswith("## ")]
     assert parts == [
@@ -53,8 +66,8 @@ def test_the_page_has_caveats_then_targets_then_losses_then_tables_then_commands
     assert "Test CPU, 2 cores; 2 threads, 2026-11-21" in page
 
 
-def test_the_readme_gets_chart_and_train_steps_between_its_markers(root: Path) -> None:
-    report(root)
+def test_the_readme_gets_chart_and_train_steps_between_its_markers(root: Path, report: Callable[..., int]) -> None:
+    assert report() == 0
     readme = (root / "README.md").read_text()
     assert readme.startswith("before\n<!-- figures:begin -->\n![Speed of a linear layer")
     assert readme.endswith("<!-- figures:end -->\nafter\n")
@@ -63,17 +76,19 @@ def test_the_readme_gets_chart_and_train_steps_between_its_markers(root: Path) -
     assert (root / "docs/train.svg").is_file()
 
 
-def test_check_names_what_is_stale_and_writes_nothing(root: Path) -> None:
-    done = report(root, "--check")
-    assert done.returncode == 1
+def test_check_names_what_is_stale_and_writes_nothing(
+    root: Path, report: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report("--check") == 1
     assert not (root / "docs").exists()
-    report(root)
-    done = report(root, "--check")
-    assert (done.returncode, done.stderr) == (0, "\n")
+    assert report() == 0
+    capsys.readouterr()
+    assert report("--check") == 0
+    assert not capsys.readouterr().err.strip()
     file = root / "results" / "bench-targets.json"
     file.write_text(file.read_text().replace("0.002", "0.003"))
-    done = report(root, "--check")
-    assert done.returncode == 1
+    assert report("--check") == 1
+    told = capsys.readouterr().err
     for name in ("BENCHMARKS.md", "linear.svg"):
-        assert f"{name}: not what `python benches/report.py` writes" in done.stderr
-    assert "train.svg" not in done.stderr
+        assert f"{name}: not what `python benches/report.py` writes" in told
+    assert "train.svg" not in told
