@@ -1,20 +1,28 @@
-"""Rows as a chart: how fast each contender is, the ceiling or else the peer being 1."""
+"""Rows as a chart: how fast each contender is beside the ceiling, or beside the peer where there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from ferrolora.bench.contender import COPY, OURS, PEFT
+from ferrolora.bench.contender import BITSANDBYTES, COPY, OURS, PEFT, TORCH
 from ferrolora.bench.row import Entry, Row, times_as_fast
 from ferrolora.bench.table import label
 
-COLORS = {OURS: "#d1495b", COPY: "#8d99ae"}
-OTHERS = ("#30638e", "#edae49", "#66a182", "#8d99ae")
+COLORS = {OURS: "#d1495b", BITSANDBYTES: "#30638e", PEFT: "#30638e", TORCH: "#edae49", COPY: "#8d99ae"}
+
+
+class Bar(NamedTuple):
+    """One right entry: its label, its speed where its reference has 1, and its color."""
+
+    name: str
+    speed: float
+    color: str
 
 
 def plot(rows: Sequence[Row], file: Path, description: str = "") -> None:
-    """Draw one group of bars a row, on a logarithmic axis. Wrong results have no bar.
+    """Draw one group of bars a row, on a logarithmic axis, from the line at 1. Wrong results have no bar.
 
     Args:
         rows: measured rows.
@@ -24,46 +32,55 @@ def plot(rows: Sequence[Row], file: Path, description: str = "") -> None:
     # Figure alone, not pyplot: no global backend is chosen and no display is needed.
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     groups = [(f"{row.suite} {row.work}\n{row.dtype}", bars(row)) for row in rows]
-    count = sum(len(group) + 1 for _, group in groups)
+    height = sum(max(len(group), 1) + 0.7 for _, group in groups)
     # Text stays text and names are not drawn by chance, so that the same rows give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ferrolora"}):
-        figure = Figure(figsize=(8, 1.2 + 0.22 * count), layout="constrained")
+        figure = Figure(figsize=(8, 0.9 + 0.25 * height), layout="constrained")
         axes = figure.add_subplot()
+        axes.set_xscale("log")
         place, ticks = 0.0, []
         for _, group in groups:
-            ticks.append(place + (len(group) - 1) / 2)
-            for name, speed, color in group:
-                axes.barh(place, speed, color=color, height=0.85)
-                axes.annotate(f" {name}: {speed:.2f}", (speed, place), va="center", fontsize=7)
+            ticks.append(place + max(len(group) - 1, 0) / 2)
+            for bar in group:
+                axes.barh(place, bar.speed - 1.0, left=1.0, color=bar.color, height=0.85)
+                axes.annotate(f" {bar.name}: {bar.speed:.2f}", (max(bar.speed, 1.0), place), va="center", fontsize=7)
                 place += 1
-            place += 1
+            place += 0.7 + (not group)
         axes.set_yticks(ticks, [name for name, _ in groups], fontsize=8)
-        axes.set_xscale("log")
-        axes.margins(x=0.35)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.3, y=0.02)
         axes.invert_yaxis()
         axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xlabel("speed, times that of the line at 1 (logarithmic)")
+        references = dict.fromkeys(name for row in rows if (name := reference(row)))
+        axes.set_xlabel(f"times as fast as {' or '.join(references)} (the line at 1)", fontsize=8)
         metadata = {"Date": None, "Description": description} if file.suffix == ".svg" else {}
         figure.savefig(file, dpi=120, metadata=metadata)
 
 
-def bars(row: Row) -> list[tuple[str, float, str]]:
-    """(label, speed, color) of each right entry, relative to the ceiling, or to the peer where there is none."""
-    others = iter(OTHERS)
+def bars(row: Row) -> list[Bar]:
+    """The right entries on the threads of the run, but for the one they are held against."""
+    against = reference(row)
     found = []
     for entry in row.entries:
-        color = COLORS.get(entry.library) or next(others)
-        against = _reference(row, entry)
-        speed = None if against is None else times_as_fast(entry, against)
+        if entry.threads != row.threads or entry.library == against:
+            continue
+        speed = _speed(row, entry, against)
         if speed is not None:
-            found.append((label(entry, row.threads), speed, color))
+            found.append(Bar(label(entry, row.threads), speed, COLORS[entry.library]))
     return found
 
 
-def _reference(row: Row, entry: Entry) -> Entry | None:
-    """What stands at 1: the ceiling, the peer, or ours where it was measured alone."""
-    names = [row.ceiling] if row.ceiling else [PEFT, OURS]
-    found = (row.find(name, output=entry.output) or row.find(name) for name in names)
-    return next((candidate for candidate in found if candidate is not None and candidate.seconds), None)
+def reference(row: Row) -> str:
+    """The library whose speed is 1: the ceiling, else the peer, else ""."""
+    names = (row.ceiling, PEFT)
+    return next((name for name in names if any(entry.library == name for entry in row.entries)), "")
+
+
+def _speed(row: Row, entry: Entry, against: str) -> float | None:
+    other = row.find(against, output=entry.output) or row.find(against)
+    return None if other is None else times_as_fast(entry, other)
