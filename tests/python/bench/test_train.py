@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -121,10 +122,8 @@ def test_a_worker_that_dies_is_an_entry_and_the_other_goes_on(fake: type[FakePro
 
 @pytest.mark.slow
 def test_a_process_gives_the_last_words_of_its_worker() -> None:
-    process = Process("nobody", "llama-512", "float32", 1)
-    with pytest.raises(Died, match="KeyError: 'nobody'"):
+    with closing(Process("nobody", "llama-512", "float32", 1)) as process, pytest.raises(Died, match="'nobody'"):
         process.ask("ready")
-    process.close()
 
 
 def test_importing_the_command_loads_no_peer() -> None:
