@@ -31,6 +31,11 @@ impl<'a> Int8Matrix<'a> {
         Ok(Self { codes, scb, cols })
     }
 
+    /// The codes, row-major.
+    pub(crate) fn codes(&self) -> &'a [i8] {
+        self.codes
+    }
+
     /// Decodes `out.len()` values of row `row` from column `col`.
     #[inline(always)]
     pub(crate) fn decode_row<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {

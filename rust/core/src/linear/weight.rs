@@ -63,8 +63,20 @@ impl<'a> Weight<'a> {
     }
 
     /// Dequantizes `out.len()` values of row `row` from column `col`.
+    ///
+    /// Callers decode the same columns of row after row. Those are short pieces far apart in memory, which no
+    /// processor foresees, so the piece of a later row is asked for here.
     #[inline(always)]
     pub(super) fn decode<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {
+        /// Rows ahead: decoding them takes about as long as memory takes to answer.
+        const AHEAD: usize = 8;
+        if row + AHEAD < self.out_features {
+            let first = (row + AHEAD) * self.in_features + col;
+            match &self.storage {
+                Storage::FourBit(packed) => isa.prefetch(&packed.codes()[first / 2..][..out.len() / 2]),
+                Storage::Int8(matrix) => isa.prefetch(&matrix.codes()[first..][..out.len()]),
+            }
+        }
         match &self.storage {
             Storage::FourBit(packed) => decode_range(isa, packed, row * self.in_features + col, out),
             Storage::Int8(matrix) => matrix.decode_row(isa, row, col, out),

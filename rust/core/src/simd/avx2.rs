@@ -291,6 +291,14 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, src: &[T]) {
+        const LINE: usize = 64;
+        for offset in (0..size_of_val(src)).step_by(LINE) {
+            // SAFETY: a prefetch reads nothing, and the offset stays inside `src`.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().cast::<i8>().add(offset)) };
+        }
+    }
+    #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX; `src` is 64 readable bytes, and the loads are unaligned.

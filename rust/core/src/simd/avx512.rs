@@ -206,6 +206,14 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, src: &[T]) {
+        const LINE: usize = 64;
+        for offset in (0..size_of_val(src)).step_by(LINE) {
+            // SAFETY: a prefetch reads nothing, and the offset stays inside `src`.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().cast::<i8>().add(offset)) };
+        }
+    }
+    #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> __m512 {
         // SAFETY: `self` proves AVX-512F; `src` is 64 readable bytes, and the load is unaligned.
         unsafe { _mm512_loadu_ps(src.as_ptr().cast()) }

@@ -114,6 +114,8 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
     /// All lanes `value`.
     fn splat_i(self, value: i32) -> Self::I;
 
+    /// Asks for the cache lines of `src`, which will be read soon.
+    fn prefetch<T>(self, src: &[T]);
     /// Sixteen pairs of bfloat16, each pair the bits of a lane: the first of it the low half.
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F;
     /// The inverse of [`Isa::load_pairs`].

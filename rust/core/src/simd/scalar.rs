@@ -133,6 +133,8 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, _src: &[T]) {}
+    #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
         from_fn(|i| pair(src[2 * i], src[2 * i + 1]))
     }
