@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use half::slice::HalfFloatSliceExt;
 pub use half::{bf16, f16};
 
 use crate::simd::{Isa, LANES};
@@ -17,6 +18,9 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + 'static {
     fn load<I: Isa>(isa: I, src: &[Self; LANES]) -> I::F;
     /// Sixteen float32 lanes, each rounded once.
     fn store<I: Isa>(isa: I, value: I::F, dst: &mut [Self; LANES]);
+    /// `out[i] = Self(table[nibble i of bytes] · scale)`, each product rounded as [`Element::store`] does, the
+    /// high nibble of a byte first.
+    fn lookup<I: Isa>(isa: I, table: I::Table, scale: f32, bytes: &[[u8; LANES]], out: &mut [[Self; 2 * LANES]]);
     /// Name of the type.
     const DTYPE: DType;
     /// The slice inside, if it is of this type.
@@ -41,6 +45,14 @@ impl Element for f32 {
     #[inline(always)]
     fn store<I: Isa>(isa: I, value: I::F, dst: &mut [Self; LANES]) {
         isa.store(value, dst);
+    }
+    #[inline(always)]
+    fn lookup<I: Isa>(isa: I, table: I::Table, scale: f32, bytes: &[[u8; LANES]], out: &mut [[Self; 2 * LANES]]) {
+        let table = isa.scale_table(table, scale);
+        let (halves, lanes) = (bytes.as_flattened().as_chunks().0, out.as_flattened_mut().as_chunks_mut().0);
+        for (eight, lanes) in halves.iter().zip(lanes) {
+            isa.store(isa.lookup(table, isa.nibbles(eight)), lanes);
+        }
     }
     const DTYPE: DType = DType::F32;
     fn view_mut(buffer: FloatsMut<'_>) -> Option<&mut [Self]> {
@@ -74,6 +86,10 @@ impl Element for f16 {
     fn store<I: Isa>(isa: I, value: I::F, dst: &mut [Self; LANES]) {
         isa.store_f16(value, dst);
     }
+    #[inline(always)]
+    fn lookup<I: Isa>(isa: I, table: I::Table, scale: f32, bytes: &[[u8; LANES]], out: &mut [[Self; 2 * LANES]]) {
+        lookup16(isa, isa.table16_f16(table, scale), bytes, out.as_flattened_mut().reinterpret_cast_mut());
+    }
     const DTYPE: DType = DType::F16;
     fn view_mut(buffer: FloatsMut<'_>) -> Option<&mut [Self]> {
         match buffer {
@@ -106,6 +122,10 @@ impl Element for bf16 {
     fn store<I: Isa>(isa: I, value: I::F, dst: &mut [Self; LANES]) {
         isa.store_bf16(value, dst);
     }
+    #[inline(always)]
+    fn lookup<I: Isa>(isa: I, table: I::Table, scale: f32, bytes: &[[u8; LANES]], out: &mut [[Self; 2 * LANES]]) {
+        lookup16(isa, isa.table16_bf16(table, scale), bytes, out.as_flattened_mut().reinterpret_cast_mut());
+    }
     const DTYPE: DType = DType::Bf16;
     fn view_mut(buffer: FloatsMut<'_>) -> Option<&mut [Self]> {
         match buffer {
@@ -118,6 +138,15 @@ impl Element for bf16 {
             Floats::Bf16(slice) => Some(slice),
             _ => None,
         }
+    }
+}
+
+/// [`Element::lookup`] of the types of 16 bits, on their bits: looking up commutes with rounding, so the
+/// table's entries are rounded, not every value.
+#[inline(always)]
+fn lookup16<I: Isa>(isa: I, table: I::Table16, bytes: &[[u8; LANES]], out: &mut [u16]) {
+    for (sixteen, out) in bytes.iter().zip(out.as_chunks_mut().0) {
+        isa.lookup32(table, sixteen, out);
     }
 }
 

@@ -2,10 +2,14 @@
 
 use super::codebook::{dynamic8, fp4, nf4};
 use crate::error::check_len;
+use crate::simd::{Isa, LANES};
 use crate::{Error, Result};
 
 /// Block of the second quantization, the one of the absmax values.
 pub const NESTED_BLOCK_SIZE: usize = 256;
+
+/// The most blocks whose scales [`Scales::run`] decodes together.
+pub(crate) const RUN: usize = 64;
 
 /// The block sizes a 4-bit tensor may have.
 pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
@@ -86,6 +90,12 @@ impl QuantSpec {
         self.block_size
     }
 
+    /// Block sizes are powers of two: a shift by this divides by one.
+    #[inline(always)]
+    pub(crate) fn log_block_size(self) -> u32 {
+        self.block_size.trailing_zeros()
+    }
+
     /// Blocks of a tensor of `numel` elements; the last may be short.
     #[must_use]
     pub fn blocks(self, numel: usize) -> usize {
@@ -109,7 +119,7 @@ pub enum Scales<'a> {
     },
 }
 
-impl Scales<'_> {
+impl<'a> Scales<'a> {
     /// Absmax of block `i`, decoded.
     #[must_use]
     #[inline(always)]
@@ -121,6 +131,36 @@ impl Scales<'_> {
                 dynamic8::map().values[usize::from(codes[i])] * nested_absmax[i / NESTED_BLOCK_SIZE] + offset
             }
         }
+    }
+
+    /// Absmax of `count` blocks from `first`: as stored, or decoded into the buffer.
+    #[inline(always)]
+    pub(crate) fn run<'b, I: Isa>(self, isa: I, first: usize, count: usize, buffer: &'b mut [f32; RUN]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let (codes, nested_absmax, offset) = match self {
+            Self::Plain(absmax) => return &absmax[first..][..count],
+            Self::Double { .. } if count <= LANES => {
+                // One by one the first is there sooner than from a gather.
+                self.decode(first, &mut buffer[..count]);
+                return &buffer[..count];
+            }
+            Self::Double { codes, nested_absmax, offset } => (codes, nested_absmax, isa.splat(offset)),
+        };
+        let values = &dynamic8::map().values;
+        for (i, lanes) in buffer[..count.next_multiple_of(LANES)].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let (at, count) = (first + i * LANES, (count - i * LANES).min(LANES));
+            // Sixteen lanes, even if fewer are wanted, where the tensor has so many and they share a nested absmax.
+            match codes[at..].first_chunk() {
+                Some(sixteen) if at % NESTED_BLOCK_SIZE <= NESTED_BLOCK_SIZE - LANES => {
+                    let scale = isa.splat(nested_absmax[at / NESTED_BLOCK_SIZE]);
+                    isa.store(isa.add(isa.mul(isa.lookup_bytes(values, sixteen), scale), offset), lanes);
+                }
+                _ => self.decode(at, &mut lanes[..count]),
+            }
+        }
+        &buffer[..count]
     }
 
     /// Absmax of the blocks from `first`, decoded: [`Scales::get`] for each.

@@ -139,30 +139,75 @@ fn the_pad_nibble_of_an_odd_tensor_is_the_code_of_zero() {
     }
 }
 
+/// `decode_range` of elements from .1 to .2.
+struct Range<'a, E>(&'a Packed<'a>, usize, usize, std::marker::PhantomData<E>);
+
+impl<E: Element> crate::simd::Op for Range<'_, E> {
+    type Output = Vec<E>;
+    fn eval<I: crate::simd::Isa>(self, isa: I) -> Vec<E> {
+        let mut out = vec![E::from_f32(f32::NAN); self.2 - self.1];
+        isa.vectorize(
+            #[inline(always)]
+            || dequantize::decode_range(isa, self.0, self.1, &mut out),
+        );
+        out
+    }
+}
+
+fn check_range<E: Element + PartialEq>(packed: &Packed<'_>, all: &[f32], start: usize, end: usize) {
+    let expected: Vec<E> = all[start..end].iter().map(|v| E::from_f32(*v)).collect();
+    for isa in IsaKind::available() {
+        let got = isa.run(Range::<E>(packed, start, end, std::marker::PhantomData));
+        assert!(got == expected, "{} {start}..{end}: {got:?} {expected:?}", isa.name());
+    }
+}
+
 #[test]
 fn a_range_decodes_wherever_it_begins() {
-    struct Range<'a>(&'a Packed<'a>, usize, usize);
-    impl crate::simd::Op for Range<'_> {
-        type Output = Vec<f32>;
-        fn eval<I: crate::simd::Isa>(self, isa: I) -> Vec<f32> {
-            let mut out = vec![f32::NAN; self.2 - self.1];
-            isa.vectorize(
-                #[inline(always)]
-                || dequantize::decode_range(isa, self.0, self.1, &mut out),
-            );
-            out
-        }
-    }
-    let spec = QuantSpec::new(QuantType::Nf4, 32).expect("valid");
-    let (codes, absmax) = reference::quantize_4bit(&values(333, 9), spec);
-    let all = reference::dequantize_4bit(&codes, &absmax, spec, 333);
-    let packed = Packed::new(&codes, Scales::Plain(&absmax), spec, 333).expect("fits");
-    for isa in IsaKind::available() {
+    for (quant_type, block_size) in [(QuantType::Nf4, 32), (QuantType::Nf4, 64), (QuantType::Fp4, 128)] {
+        let spec = QuantSpec::new(quant_type, block_size).expect("valid");
+        let (codes, absmax) = reference::quantize_4bit(&values(633, 9), spec);
+        let all = reference::dequantize_4bit(&codes, &absmax, spec, 633);
+        let packed = Packed::new(&codes, Scales::Plain(&absmax), spec, 633).expect("fits");
         for start in 0..70 {
-            for end in [start, start + 1, start + 2, start + 17, start + 64, 333] {
-                assert_eq!(bits(&isa.run(Range(&packed, start, end))), bits(&all[start..end]), "{start}..{end}");
+            for end in [start, start + 1, start + 2, start + 17, start + 64, 633] {
+                check_range::<f32>(&packed, &all, start, end);
+                check_range::<f16>(&packed, &all, start, end);
+                check_range::<bf16>(&packed, &all, start, end);
             }
         }
+    }
+}
+
+#[test]
+fn a_range_decodes_wherever_its_blocks_lie_in_nested_blocks() {
+    let spec = QuantSpec::new(QuantType::Nf4, 32).expect("valid");
+    let blocks = 2 * 256 + 13;
+    let (codes, absmax) = reference::quantize_4bit(&values(blocks * 32, 29), spec);
+    let (nested_codes, nested_absmax, offset) = reference::double_quantize(&absmax);
+    let scales = Scales::Double { codes: &nested_codes, nested_absmax: &nested_absmax, offset };
+    let packed = Packed::new(&codes, scales, spec, blocks * 32).expect("fits");
+    let decoded: Vec<f32> = (0..blocks).map(|i| scales.get(i)).collect();
+    let all = reference::dequantize_4bit(&codes, &decoded, spec, blocks * 32);
+    for first in [0, 1, 239, 240, 241, 255, 256, 500, blocks - 1] {
+        for count in [1, 15, 16, 17, 33, 70, blocks] {
+            let end = (first + count).min(blocks) * 32;
+            check_range::<f32>(&packed, &all, first * 32, end);
+            check_range::<bf16>(&packed, &all, first * 32, end);
+        }
+    }
+}
+
+#[test]
+fn extreme_scales_decode_as_their_products_round() {
+    let spec = QuantSpec::new(QuantType::Nf4, 32).expect("valid");
+    let (codes, _) = reference::quantize_4bit(&values(32, 31), spec);
+    for scale in [0.0, 1e-45, 1e-41, 6e-8, 1e-5, 70_000.0, f32::MAX] {
+        let all = reference::dequantize_4bit(&codes, &[scale], spec, 32);
+        let absmax = [scale];
+        let packed = Packed::new(&codes, Scales::Plain(&absmax), spec, 32).expect("fits");
+        check_range::<f16>(&packed, &all, 0, 32);
+        check_range::<bf16>(&packed, &all, 0, 32);
     }
 }
 

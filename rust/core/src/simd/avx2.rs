@@ -22,12 +22,20 @@ impl Avx2 {
     }
 }
 
+/// `array::map` of a pair, always inlined: a call in between would run `f` without the instruction set.
+#[inline(always)]
+fn both<T, R>([low, high]: [T; 2], f: impl Fn(T) -> R) -> [R; 2] {
+    [f(low), f(high)]
+}
+
 const ROUND_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 impl Isa for Avx2 {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type Table = [__m256; 2];
+    /// The low bytes of the entries and the high ones, each in both 128-bit lanes.
+    type Table16 = [__m256i; 2];
 
     const WIDE: bool = false;
 
@@ -64,7 +72,8 @@ impl Isa for Avx2 {
         let src = src.as_ptr();
         // SAFETY: `self` proves F16C; `src` is 32 readable bytes, and the loads are unaligned.
         unsafe {
-            [0, 8].map(
+            both(
+                [0, 8],
                 #[inline(always)]
                 |i| _mm256_cvtph_ps(_mm_loadu_si128(src.add(i).cast())),
             )
@@ -83,7 +92,8 @@ impl Isa for Avx2 {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 32 readable bytes, and the loads are unaligned.
         unsafe {
-            [0, 8].map(
+            both(
+                [0, 8],
                 #[inline(always)]
                 |i| {
                     let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.add(i).cast()));
@@ -95,29 +105,15 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn store_bf16(self, value: Self::F, dst: &mut [bf16; LANES]) {
         // SAFETY: `self` proves AVX2; `dst` is 32 writable bytes, and the store is unaligned.
-        unsafe {
-            let [low, high] = value.map(
-                #[inline(always)]
-                |v| {
-                    let bits = _mm256_castps_si256(v);
-                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-                    _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
-                },
-            );
-            // The pack interleaves 128-bit halves; the permutation puts them back in order.
-            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
-            _mm256_storeu_si256(dst.as_mut_ptr().cast(), packed);
-        }
+        unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), round_bf16(value)) }
     }
     #[inline(always)]
     fn load_i8(self, src: &[i8; LANES]) -> Self::F {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
         unsafe {
-            [0, 8].map(
+            both(
+                [0, 8],
                 #[inline(always)]
                 |i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src.add(i).cast()))),
             )
@@ -143,7 +139,8 @@ impl Isa for Avx2 {
     fn abs(self, a: Self::F) -> Self::F {
         // SAFETY: `self` proves AVX.
         unsafe {
-            a.map(
+            both(
+                a,
                 #[inline(always)]
                 |v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v),
             )
@@ -179,7 +176,8 @@ impl Isa for Avx2 {
     fn to_bits(self, a: Self::F) -> Self::I {
         // SAFETY: `self` proves AVX.
         unsafe {
-            a.map(
+            both(
+                a,
                 #[inline(always)]
                 |v| _mm256_castps_si256(v),
             )
@@ -190,7 +188,8 @@ impl Isa for Avx2 {
         // SAFETY: `self` proves AVX2.
         unsafe {
             let bit = _mm256_set1_epi32(bit);
-            [0, 1].map(
+            both(
+                [0, 1],
                 #[inline(always)]
                 |i| _mm256_and_si256(bit, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]))),
             )
@@ -226,7 +225,8 @@ impl Isa for Avx2 {
         // SAFETY: `self` proves AVX2. `vpermps` reads three bits of each index; bit 3, moved to the
         // sign, chooses the half.
         unsafe {
-            index.map(
+            both(
+                index,
                 #[inline(always)]
                 |i| {
                     let low = _mm256_permutevar8x32_ps(table[0], i);
@@ -239,7 +239,8 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn nibbles(self, src: &[u8; 8]) -> Self::I {
         let (low, high) = src.split_at(4);
-        [low, high].map(
+        both(
+            [low, high],
             #[inline(always)]
             |four| {
                 let four = i32::from_le_bytes([four[0], four[1], four[2], four[3]]);
@@ -256,12 +257,14 @@ impl Isa for Avx2 {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
         unsafe {
-            let bytes = [0, 8].map(
+            let bytes = both(
+                [0, 8],
                 #[inline(always)]
                 |i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast())),
             );
             (
-                bytes.map(
+                both(
+                    bytes,
                     #[inline(always)]
                     |b| _mm256_srli_epi32::<4>(b),
                 ),
@@ -272,7 +275,8 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
         // SAFETY: `self` proves AVX2.
-        let [low, high] = codes.map(
+        let [low, high] = both(
+            codes,
             #[inline(always)]
             |c| unsafe {
                 let joined = _mm256_or_si256(_mm256_slli_epi64::<4>(c), _mm256_srli_epi64::<32>(c));
@@ -318,7 +322,8 @@ impl Isa for Avx2 {
         let (a, b) = (a.as_ptr(), b.as_ptr());
         // SAFETY: `self` proves AVX2; `a` and `b` are 32 readable bytes each, 16 at each offset.
         unsafe {
-            [0, 8].map(
+            both(
+                [0, 8],
                 #[inline(always)]
                 |i| {
                     let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(a.add(i).cast()));
@@ -335,6 +340,92 @@ impl Isa for Avx2 {
         let quarter = |rows: [Self::F; 8], half: usize| self.transpose_eight(rows.map(|row| row[half]));
         let [a, b] = [0, 1].map(|half| (quarter(top, half), quarter(bottom, half)));
         std::array::from_fn(|i| if i < 8 { [a.0[i], a.1[i]] } else { [b.0[i - 8], b.1[i - 8]] })
+    }
+    #[inline(always)]
+    fn table16_bf16(self, table: Self::Table, scale: f32) -> Self::Table16 {
+        // SAFETY: `self` proves AVX2.
+        unsafe { byte_planes(round_bf16(self.scale_table(table, scale))) }
+    }
+    #[inline(always)]
+    fn table16_f16(self, table: Self::Table, scale: f32) -> Self::Table16 {
+        let [low, high] = self.scale_table(table, scale);
+        // SAFETY: `self` proves F16C and AVX2.
+        unsafe {
+            let (low, high) = (_mm256_cvtps_ph::<ROUND_NEAREST>(low), _mm256_cvtps_ph::<ROUND_NEAREST>(high));
+            byte_planes(_mm256_set_m128i(high, low))
+        }
+    }
+    #[inline(always)]
+    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset, and every byte indexes the table.
+        unsafe {
+            both(
+                [0, 8],
+                #[inline(always)]
+                |i| {
+                    let index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast()));
+                    _mm256_i32gather_ps::<4>(table.as_ptr(), index)
+                },
+            )
+        }
+    }
+    #[inline(always)]
+    fn lookup32(self, [low, high]: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
+        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes and `dst` 64 writable ones, and the accesses
+        // are unaligned.
+        unsafe {
+            let (nibble, bytes) = (_mm_set1_epi8(15), _mm_loadu_si128(src.as_ptr().cast()));
+            let first = _mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble);
+            let second = _mm_and_si128(bytes, nibble);
+            let index = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+            // The unpacks below work within 128-bit lanes: the permutation makes their results contiguous.
+            let index = _mm256_permute4x64_epi64::<0b11_01_10_00>(index);
+            let (low, high) = (_mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index));
+            let dst = dst.as_mut_ptr();
+            _mm256_storeu_si256(dst.cast(), _mm256_unpacklo_epi8(low, high));
+            _mm256_storeu_si256(dst.add(LANES).cast(), _mm256_unpackhi_epi8(low, high));
+        }
+    }
+}
+
+/// Sixteen bfloat16, rounded to nearest, ties to even; NaN stays NaN.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+unsafe fn round_bf16(value: [__m256; 2]) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [low, high] = both(
+            value,
+            #[inline(always)]
+            |v| {
+                let bits = _mm256_castps_si256(v);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+            },
+        );
+        // The pack interleaves 128-bit halves; the permutation puts them back in order.
+        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
+    }
+}
+
+/// The low bytes of sixteen words and their high bytes, each twice.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+unsafe fn byte_planes(words: __m256i) -> [__m256i; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_and_si256(words, _mm256_set1_epi16(0xff));
+        // Per 128-bit lane: eight low bytes, eight high bytes.
+        let bytes = _mm256_packus_epi16(low, _mm256_srli_epi16::<8>(words));
+        [_mm256_permute4x64_epi64::<0b10_00_10_00>(bytes), _mm256_permute4x64_epi64::<0b11_01_11_01>(bytes)]
     }
 }
 

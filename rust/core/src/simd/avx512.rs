@@ -33,6 +33,8 @@ impl Isa for Avx512 {
     type F = __m512;
     type I = __m512i;
     type Table = __m512;
+    /// Every entry twice: 32-bit lane i holds entry i in both halves.
+    type Table16 = __m512i;
 
     const WIDE: bool = true;
 
@@ -181,11 +183,14 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn nibbles(self, src: &[u8; 8]) -> __m512i {
-        // SAFETY: `self` proves AVX-512F; `src` is 8 readable bytes, all that the load reads.
+        let low = i32::from_le_bytes([src[0], src[1], src[2], src[3]]);
+        let high = i32::from_le_bytes([src[4], src[5], src[6], src[7]]);
+        // SAFETY: `self` proves AVX-512F.
         unsafe {
-            let bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(src.as_ptr().cast()));
-            // Low dword of each pair: byte >> 4. High dword: the byte itself, of which four bits count.
-            _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes))
+            // Broadcasts from memory and a shift by lane leave the port of shuffles to the lookup.
+            let bytes = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+            let place = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+            _mm512_srlv_epi32(bytes, place)
         }
     }
     #[inline(always)]
@@ -265,5 +270,76 @@ impl Isa for Avx512 {
             }
             out
         }
+    }
+    #[inline(always)]
+    fn table16_bf16(self, table: __m512, scale: f32) -> __m512i {
+        /// `vfixupimmps`: both kinds of NaN become the default NaN, all else stays.
+        const DEFAULT_NAN: i32 = 0x33;
+        let scaled = self.scale_table(table, scale);
+        // SAFETY: `self` proves AVX-512F.
+        unsafe {
+            // A NaN without payload stays one under the rounding: that is one instruction, not two as in `store_bf16`.
+            let scaled = _mm512_fixupimm_ps::<0>(scaled, scaled, _mm512_set1_epi32(DEFAULT_NAN));
+            let bits = _mm512_castps_si512(scaled);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            both_halves(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))))
+        }
+    }
+    #[inline(always)]
+    fn table16_f16(self, table: __m512, scale: f32) -> __m512i {
+        let scaled = self.scale_table(table, scale);
+        // SAFETY: `self` proves AVX-512F.
+        unsafe {
+            let half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph::<ROUND_NEAREST>(scaled));
+            both_halves(_mm512_slli_epi32::<16>(half))
+        }
+    }
+    #[inline(always)]
+    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; `src` is 16 readable bytes, and every byte indexes the table.
+        unsafe {
+            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(src.as_ptr().cast()));
+            _mm512_i32gather_ps::<4>(index, table.as_ptr())
+        }
+    }
+    #[inline(always)]
+    fn lookup32(self, table: __m512i, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
+        // SAFETY: `self` proves AVX-512 F and BW; `src` is 16 readable bytes, `SPREAD` 64, `dst` 64
+        // writable ones, and the accesses are unaligned.
+        unsafe {
+            let bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(src.as_ptr().cast()));
+            // Of lane i, byte i: alone in the low word, and in the upper half of the high word.
+            let words = _mm512_shuffle_epi8(bytes, _mm512_loadu_si512(SPREAD.as_ptr().cast()));
+            // `vpermw` reads five bits of each word. These shifts put the nibble in the upper four of them;
+            // the lowest chooses between two equal entries.
+            let index = _mm512_srlv_epi16(words, _mm512_set1_epi32(0x0007_0003));
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_permutexvar_epi16(index, table));
+        }
+    }
+}
+
+/// For `vpshufb` on sixteen bytes in each 128-bit lane: byte i to bytes 0 and 3 of 32-bit lane i, zeros
+/// between.
+static SPREAD: [u8; 64] = {
+    let mut pattern = [0x80; 64];
+    let mut i = 0;
+    while i < 16 {
+        pattern[4 * i] = i as u8;
+        pattern[4 * i + 3] = i as u8;
+        i += 1;
+    }
+    pattern
+};
+
+/// The upper half of each 32-bit lane in both halves.
+///
+/// # Safety
+/// AVX-512F.
+#[inline(always)]
+unsafe fn both_halves(upper: __m512i) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+        _mm512_or_si512(_mm512_srli_epi32::<16>(upper), _mm512_and_si512(upper, mask))
     }
 }

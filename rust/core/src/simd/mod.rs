@@ -35,6 +35,8 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
     type I: Copy;
     /// A table of sixteen 32-bit entries, held in registers.
     type Table: Copy;
+    /// A table of sixteen 16-bit entries, held in registers.
+    type Table16: Copy;
 
     /// Whether there are 32 vector registers of 16 lanes, which decides the size of the GEMM tile.
     const WIDE: bool;
@@ -124,6 +126,15 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
     fn zip_pairs(self, a: &[bf16; LANES], b: &[bf16; LANES]) -> Self::F;
     /// Lane j of row i becomes lane i of row j.
     fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES];
+
+    /// Every entry times `scale`, rounded as [`Isa::store_bf16`] does.
+    fn table16_bf16(self, table: Self::Table, scale: f32) -> Self::Table16;
+    /// Every entry times `scale`, rounded as [`Isa::store_f16`] does.
+    fn table16_f16(self, table: Self::Table, scale: f32) -> Self::Table16;
+    /// `table[src[i]]` per lane.
+    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F;
+    /// `dst[i] = table[nibble i]` for the nibbles of sixteen bytes in storage order (high nibble first).
+    fn lookup32(self, table: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]);
 }
 
 /// Work that is generic over the instruction set: a struct of its inputs with one `eval`.

@@ -14,6 +14,7 @@ impl Isa for Scalar {
     type F = [f32; LANES];
     type I = [i32; LANES];
     type Table = [f32; LANES];
+    type Table16 = [u16; LANES];
 
     const WIDE: bool = false;
 
@@ -152,6 +153,24 @@ impl Isa for Scalar {
     #[inline(always)]
     fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
         from_fn(|i| from_fn(|j| rows[j][i]))
+    }
+    #[inline(always)]
+    fn table16_bf16(self, table: Self::Table, scale: f32) -> Self::Table16 {
+        table.map(|v| bf16::from_f32(v * scale).to_bits())
+    }
+    #[inline(always)]
+    fn table16_f16(self, table: Self::Table, scale: f32) -> Self::Table16 {
+        table.map(|v| f16::from_f32(v * scale).to_bits())
+    }
+    #[inline(always)]
+    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F {
+        src.map(|byte| table[usize::from(byte)])
+    }
+    #[inline(always)]
+    fn lookup32(self, table: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
+        for (pair, byte) in dst.as_chunks_mut::<2>().0.iter_mut().zip(src) {
+            *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+        }
     }
 }
 

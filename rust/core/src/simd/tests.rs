@@ -43,6 +43,7 @@ impl Op for Everything {
                     isa.lookup(table, isa.zero_i()),
                     isa.lookup(table, rank),
                     isa.load_i8(&self.bytes.map(u8::cast_signed)),
+                    isa.lookup_bytes(&std::array::from_fn(|i| self.a[i % LANES] + i as f32), &self.bytes),
                 ] {
                     isa.store(value, &mut buffer);
                     out.extend(buffer.map(f32::to_bits));
@@ -70,6 +71,11 @@ impl Op for Everything {
                 for row in isa.transpose(rows) {
                     isa.store(row, &mut buffer);
                     out.extend(buffer.map(f32::to_bits));
+                }
+                let mut words = [0; 2 * LANES];
+                for table in [isa.table16_f16(table, self.a[1]), isa.table16_bf16(table, self.a[1])] {
+                    isa.lookup32(table, &self.bytes, &mut words);
+                    out.extend(words.map(u32::from));
                 }
                 out.push(isa.reduce_sum(a).to_bits());
                 let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
@@ -139,7 +145,13 @@ impl Op for NotANumber {
                 let nan = isa.splat(f32::from_bits(0x7fff_ffff));
                 isa.store_bf16(nan, &mut brains);
                 isa.store_f16(nan, &mut halves);
-                (brains.iter().all(|v| v.is_nan()), halves.iter().all(|v| v.is_nan()))
+                let table = isa.table(&[1.0; LANES]);
+                let (mut words, scale) = ([0; 2 * LANES], f32::from_bits(0x7fff_ffff));
+                isa.lookup32(isa.table16_bf16(table, scale), &[0x5a; LANES], &mut words);
+                let brains = brains.into_iter().chain(words.map(bf16::from_bits)).all(bf16::is_nan);
+                isa.lookup32(isa.table16_f16(table, scale), &[0x5a; LANES], &mut words);
+                let halves = halves.into_iter().chain(words.map(f16::from_bits)).all(f16::is_nan);
+                (brains, halves)
             },
         )
     }
