@@ -45,7 +45,9 @@ pub(super) const fn width_for<I: Isa>(rest: usize) -> usize {
 
 /// Adds `sliver[.., ..depth] · panel` to the tile `acc`, row-major `[rows, width]`. `rows` is that of
 /// [`rows`] or [`rank_rows`], `width` one of [`width_for`].
-#[inline(always)]
+///
+/// A function of its own, not inlined into every product: one call is thousands of multiply-adds.
+#[inline(never)]
 pub(super) fn multiply<I: Isa>(
     isa: I,
     depth: usize,
@@ -54,13 +56,16 @@ pub(super) fn multiply<I: Isa>(
     width: usize,
     acc: &mut [f32],
 ) {
-    match (sliver.rows, width == LANES) {
-        (14, true) => multiply_sized::<I, 14, 1>(isa, depth, sliver.data, panel, acc),
-        (14, false) => multiply_sized::<I, 14, 2>(isa, depth, sliver.data, panel, acc),
-        (8, true) => multiply_sized::<I, 8, 1>(isa, depth, sliver.data, panel, acc),
-        (8, false) => multiply_sized::<I, 8, 2>(isa, depth, sliver.data, panel, acc),
-        _ => multiply_sized::<I, 6, 1>(isa, depth, sliver.data, panel, acc),
-    }
+    isa.vectorize(
+        #[inline(always)]
+        || match (sliver.rows, width == LANES, I::WIDE) {
+            (14, true, true) => multiply_sized::<I, 14, 1>(isa, depth, sliver.data, panel, acc),
+            (14, false, true) => multiply_sized::<I, 14, 2>(isa, depth, sliver.data, panel, acc),
+            (8, true, true) => multiply_sized::<I, 8, 1>(isa, depth, sliver.data, panel, acc),
+            (8, false, true) => multiply_sized::<I, 8, 2>(isa, depth, sliver.data, panel, acc),
+            _ => multiply_sized::<I, 6, 1>(isa, depth, sliver.data, panel, acc),
+        },
+    );
 }
 
 #[inline(always)]

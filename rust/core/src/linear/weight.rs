@@ -66,8 +66,16 @@ impl<'a> Weight<'a> {
     ///
     /// Callers decode the same columns of row after row. Those are short pieces far apart in memory, which no
     /// processor foresees, so the piece of a later row is asked for here.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn decode<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {
+        isa.vectorize(
+            #[inline(always)]
+            || self.decode_inlined(isa, row, col, out),
+        );
+    }
+
+    #[inline(always)]
+    fn decode_inlined<I: Isa, E: Element>(&self, isa: I, row: usize, col: usize, out: &mut [E]) {
         /// Rows ahead: decoding them takes about as long as memory takes to answer.
         const AHEAD: usize = 8;
         if row + AHEAD < self.out_features {

@@ -335,11 +335,19 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
-        let (top, bottom): ([Self::F; 8], [Self::F; 8]) =
-            (std::array::from_fn(|i| rows[i]), std::array::from_fn(|i| rows[i + 8]));
-        let quarter = |rows: [Self::F; 8], half: usize| self.transpose_eight(rows.map(|row| row[half]));
-        let [a, b] = [0, 1].map(|half| (quarter(top, half), quarter(bottom, half)));
-        std::array::from_fn(|i| if i < 8 { [a.0[i], a.1[i]] } else { [b.0[i - 8], b.1[i - 8]] })
+        let mut out = rows;
+        // Plain loops: `array::map` is not always inlined.
+        for (part, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let mut block = [rows[0][0]; 8];
+            for i in 0..8 {
+                block[i] = rows[8 * part + i][half];
+            }
+            let block = self.transpose_eight(block);
+            for i in 0..8 {
+                out[8 * half + i][part] = block[i];
+            }
+        }
+        out
     }
     #[inline(always)]
     fn table16_bf16(self, table: Self::Table, scale: f32) -> Self::Table16 {
