@@ -15,8 +15,9 @@ use crate::exec::Exec;
 use crate::parallel::{self, split_columns};
 use crate::simd::{Isa, LANES, Op};
 
-/// Rows of x in panels at a time: at one depth block they fill part of the second-level cache.
-const CHUNK: usize = 512;
+/// Rows of x in panels at a time. At one depth block they, the decoded slivers and the tiles are half a megabyte: a
+/// second-level cache may be that small, or shared. Decoding again for the next chunk costs 1/64 of its arithmetic.
+const CHUNK: usize = 192;
 
 /// Slivers of a task at the most: their decoded rows and their tiles stay in the second-level cache.
 const MOST_SLIVERS: usize = 12;
