@@ -255,3 +255,14 @@ def test_a_device_without_a_kernel_is_refused_with_the_whole_problem() -> None:
         fl.linear(torch.randn(2, 64, device="meta"), qt)
     with pytest.raises(fl.UnsupportedError, match="no kernel for the weight on meta"):
         fl.linear(torch.randn(2, 64), qt.to("meta"))
+
+
+def test_products_of_torch_between_ours_are_untouched() -> None:
+    """Both may configure the processor's matrix registers, on the same threads."""
+    torch.manual_seed(0)
+    qt = fl.quantize(torch.randn(256, 512))
+    x, w = torch.randn(64, 512).bfloat16(), torch.randn(256, 512).bfloat16()
+    theirs, ours = torch.nn.functional.linear(x, w), fl.linear(x, qt)
+    for _ in range(20):
+        assert torch.equal(torch.nn.functional.linear(x, w), theirs)
+        assert torch.equal(fl.linear(x, qt), ours)
