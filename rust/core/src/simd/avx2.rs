@@ -342,7 +342,8 @@ impl Isa for Avx2 {
             for i in 0..8 {
                 block[i] = rows[8 * part + i][half];
             }
-            let block = self.transpose_eight(block);
+            // SAFETY: `self` proves AVX.
+            let block = unsafe { transpose_eight(block) };
             for i in 0..8 {
                 out[8 * half + i][part] = block[i];
             }
@@ -437,27 +438,28 @@ unsafe fn byte_planes(words: __m256i) -> [__m256i; 2] {
     }
 }
 
-impl Avx2 {
-    /// Lane j of row i becomes lane i of row j.
-    #[inline(always)]
-    fn transpose_eight(self, r: [__m256; 8]) -> [__m256; 8] {
-        let mut out = r;
-        // SAFETY: `self` proves AVX.
-        unsafe {
-            for i in [0, 4] {
-                let (a, b) = (_mm256_unpacklo_ps(r[i], r[i + 1]), _mm256_unpackhi_ps(r[i], r[i + 1]));
-                let (c, d) = (_mm256_unpacklo_ps(r[i + 2], r[i + 3]), _mm256_unpackhi_ps(r[i + 2], r[i + 3]));
-                out[i] = _mm256_shuffle_ps::<0x44>(a, c);
-                out[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
-                out[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
-                out[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
-            }
-            let half = out;
-            for i in 0..4 {
-                out[i] = _mm256_permute2f128_ps::<0x20>(half[i], half[i + 4]);
-                out[i + 4] = _mm256_permute2f128_ps::<0x31>(half[i], half[i + 4]);
-            }
+/// Lane j of row i becomes lane i of row j.
+///
+/// # Safety
+/// AVX.
+#[inline(always)]
+unsafe fn transpose_eight(r: [__m256; 8]) -> [__m256; 8] {
+    let mut out = r;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in [0, 4] {
+            let (a, b) = (_mm256_unpacklo_ps(r[i], r[i + 1]), _mm256_unpackhi_ps(r[i], r[i + 1]));
+            let (c, d) = (_mm256_unpacklo_ps(r[i + 2], r[i + 3]), _mm256_unpackhi_ps(r[i + 2], r[i + 3]));
+            out[i] = _mm256_shuffle_ps::<0x44>(a, c);
+            out[i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+            out[i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+            out[i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
         }
-        out
+        let half = out;
+        for i in 0..4 {
+            out[i] = _mm256_permute2f128_ps::<0x20>(half[i], half[i + 4]);
+            out[i + 4] = _mm256_permute2f128_ps::<0x31>(half[i], half[i + 4]);
+        }
     }
+    out
 }

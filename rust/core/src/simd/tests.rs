@@ -59,30 +59,45 @@ impl Op for Everything {
                 isa.store(isa.load_bf16(&brains), &mut buffer);
                 out.extend(buffer.map(f32::to_bits));
                 out.extend(isa.pack_nibbles(rank).map(u32::from));
-                let mut pairs = [bf16::ZERO; 2 * LANES];
-                isa.store_pairs(isa.zip_pairs(&brains, &brains.map(|v| -v)), &mut pairs);
-                out.extend(pairs.map(|v| u32::from(v.to_bits())));
-                isa.store_pairs(isa.load_pairs(&pairs), &mut pairs);
-                out.extend(pairs.map(|v| u32::from(v.to_bits())));
-                let mut rows = [a; LANES];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    *row = isa.add(a, isa.mul(b, isa.splat(i as f32)));
-                }
-                for row in isa.transpose(rows) {
-                    isa.store(row, &mut buffer);
-                    out.extend(buffer.map(f32::to_bits));
-                }
-                let mut words = [0; 2 * LANES];
-                for table in [isa.table16_f16(table, self.a[1]), isa.table16_bf16(table, self.a[1])] {
-                    isa.lookup32(table, &self.bytes, &mut words);
-                    out.extend(words.map(u32::from));
-                }
+                out.extend(self.moves(isa));
                 out.push(isa.reduce_sum(a).to_bits());
                 let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
                 out.push(largest.cast_unsigned());
                 out
             },
         )
+    }
+}
+
+impl Everything {
+    /// What only moves values: pairs of bfloat16, transposition, tables of 16 bits.
+    #[inline(always)]
+    fn moves<I: Isa>(&self, isa: I) -> Vec<u32> {
+        let mut out = Vec::new();
+        let mut buffer = [0.0_f32; LANES];
+        let (a, b) = (isa.load(&self.a), isa.load(&self.b));
+        let table = isa.table(&self.b);
+        let mut brains = [bf16::ZERO; LANES];
+        isa.store_bf16(a, &mut brains);
+        let mut pairs = [bf16::ZERO; 2 * LANES];
+        isa.store_pairs(isa.zip_pairs(&brains, &brains.map(|v| -v)), &mut pairs);
+        out.extend(pairs.map(|v| u32::from(v.to_bits())));
+        isa.store_pairs(isa.load_pairs(&pairs), &mut pairs);
+        out.extend(pairs.map(|v| u32::from(v.to_bits())));
+        let mut rows = [a; LANES];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = isa.add(a, isa.mul(b, isa.splat(i as f32)));
+        }
+        for row in isa.transpose(rows) {
+            isa.store(row, &mut buffer);
+            out.extend(buffer.map(f32::to_bits));
+        }
+        let mut words = [0; 2 * LANES];
+        for table in [isa.table16_f16(table, self.a[1]), isa.table16_bf16(table, self.a[1])] {
+            isa.lookup32(table, &self.bytes, &mut words);
+            out.extend(words.map(u32::from));
+        }
+        out
     }
 }
 
