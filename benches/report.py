@@ -32,8 +32,8 @@ PAGE = "docs/BENCHMARKS.md"
 PEERS = (TORCH, BITSANDBYTES, PEFT)
 
 CAVEATS = """\
-- One machine each, named below; a virtual one with two cores in all runs so far. Ratios of one run carry over to like
-  machines, times do not.
+- One machine a file, named with its tables, and often a virtual one whose neighbours are unknown; where its load average
+  is above the threads of the run, other work disturbed it. Ratios carry over to like machines, times do not.
 - All contenders of a row take turns in one process, after a warm-up. A time is the median over the rounds, with its
   quartiles; a ratio is the median of the rounds' own ratios. Whole models train in processes of their own, in turns
   too. A ratio in bold is below one: there ferrolora is the slower.
@@ -50,7 +50,7 @@ CAVEATS = """\
   with fresh outputs on both sides.
 - On processors with AVX-512 BF16, bitsandbytes' product without gradients computes in bfloat16 whatever the type of the
   activations. Such rows are held to bfloat16's bound and say so. It repacks the weight on its first call, outside the
-  time. Its optional package `kernels` is not installed.
+  time. Its optional package `kernels`, which fetches another kernel, took part only where the versions name it.
 - "PEFT + bitsandbytes" and ferrolora compute the gradients of x, A and B; dense torch beside them that of x alone, with
   no branch.
 - Peak memory of a layer is what one forward and backward takes above the process that holds weight, x and dY; of a

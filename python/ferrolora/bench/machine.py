@@ -12,7 +12,7 @@ from typing import Any
 from ferrolora import _native
 
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "kernels")
 
 
 def machine(threads: int) -> dict[str, Any]:

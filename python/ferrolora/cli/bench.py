@@ -99,7 +99,7 @@ def command(
         plot(rows, plot_file)
     wrong = wrong_results(rows)
     if wrong:
-        raise FerroloraError(f"{len(wrong)} wrong results of ferrolora: {'; '.join(wrong)}")
+        raise FerroloraError(f"results of ferrolora are wrong: {'; '.join(wrong)}")
 
 
 def run(chosen: Plan, peers: frozenset[str], threads: int, rounds: int) -> list[Row]:

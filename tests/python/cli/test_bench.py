@@ -48,7 +48,7 @@ def test_a_wrong_result_of_ours_fails_the_command_after_all_rows_are_printed(
     done = cli("bench", "--suite", "linear,dequantize", *QUICK, "--json", tmp_path / "r.json")
     assert done.status == 1
     assert done.err.count("\n") == 1
-    assert done.err.startswith("ferrolora: 1 wrong results of ferrolora: linear 3x64x128 float32: y: ")
+    assert done.err.startswith("ferrolora: results of ferrolora are wrong: linear 3x64x128 float32: y: ")
     (line,) = (line for line in done.out.splitlines() if "WRONG" in line)
     assert " ms" not in line
     assert " µs" not in line

@@ -34,36 +34,31 @@ def measure_step(model: str, dtype: str, peers: frozenset[str], threads: int, ro
         rounds: timed steps of each library.
     """
     libraries = [OURS, *([PEFT] if PEFT in peers else [])]
-    answers = {library: _ask_alone(library, model, dtype, threads, "check") for library in libraries}
-    right = [library for library in libraries if _verdict(answers[library]) == ""]
-    for library in right:
-        answers[library] |= _ask_alone(library, model, dtype, threads, "memory")
-    times = _steps_in_turns(right, answers, (model, dtype, threads), rounds)
-    entries = [_entry(library, answers[library], times.get(library, []), threads) for library in libraries]
+    answers, times = _steps_in_turns(libraries, (model, dtype, threads), rounds)
+    for library in libraries:
+        if not _verdict(answers[library]):
+            with closing(Process(library, model, dtype, threads)) as worker:
+                answers[library] |= _attempt(worker, "memory")
+    entries = [_entry(library, answers[library], times[library], threads) for library in libraries]
     return Row(SUITE, model, dtype, tuple(entries))
 
 
-def _ask_alone(library: str, model: str, dtype: str, threads: int, request: str) -> dict[str, Any]:
-    """The answer of a fresh process, or why there is none."""
-    with closing(Process(library, model, dtype, threads)) as worker:
-        return _attempt(worker, request)
-
-
 def _steps_in_turns(
-    libraries: Sequence[str], answers: dict[str, dict[str, Any]], problem: tuple[str, str, int], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each step of each library; a library that dies goes on no further and says so in its answers."""
+    libraries: Sequence[str], problem: tuple[str, str, int], rounds: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """What each library answered, and the seconds of its steps; one that is wrong or dies goes on no further."""
+    answers: dict[str, dict[str, Any]] = {library: {} for library in libraries}
     times: dict[str, list[float]] = {library: [] for library in libraries}
     with ExitStack() as stack:
         workers = {library: stack.enter_context(closing(Process(library, *problem))) for library in libraries}
-        for request in ("ready", *["step"] * rounds):
+        for request in ("check", "ready", *["step"] * rounds):
             for library, worker in workers.items():
-                if "died" in answers[library]:
+                if request != "check" and _verdict(answers[library]):
                     continue
                 answer = _attempt(worker, request)
                 times[library] += [answer.pop("seconds")] if "seconds" in answer else []
                 answers[library] |= answer
-    return times
+    return answers, times
 
 
 def _attempt(worker: Process, request: str) -> dict[str, Any]:
