@@ -32,8 +32,8 @@ PAGE = "docs/BENCHMARKS.md"
 PEERS = (TORCH, BITSANDBYTES, PEFT)
 
 CAVEATS = """\
-- One machine a file, named with its tables, and often a virtual one whose neighbours are unknown; where its load average
-  is above the threads of the run, other work disturbed it. Ratios carry over to like machines, times do not.
+- One machine a file, named with its tables, and often a virtual one whose neighbours are unknown; where its load
+  average is above the threads of the run, other work disturbed it. Ratios carry over to like machines, times do not.
 - All contenders of a row take turns in one process, after a warm-up. A time is the median over the rounds, with its
   quartiles; a ratio is the median of the rounds' own ratios. Whole models train in processes of their own, in turns
   too. A ratio in bold is below one: there ferrolora is the slower.
