@@ -2,14 +2,14 @@
 
 use super::lora::LowRank;
 use super::weight::Weight;
-use super::{bf16, gemm, gemv};
+use super::{bf16, few_rows, gemm, gemv};
 use crate::Result;
 use crate::dtype::{Element, Floats, FloatsMut, like_mut, with_floats};
 use crate::error::{check_len, check_matrix};
 use crate::exec::Exec;
 
-/// Up to this many rows, a decoded value is used straight from its register.
-const FEW_ROWS: usize = 8;
+/// Up to this many rows, a weight of whole blocks is multiplied with its rows along the vector lanes.
+const FEW_ROWS: usize = 48;
 
 /// `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`, `S = drop(x)·Aᵀ`.
 ///
@@ -68,9 +68,14 @@ fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s
     if problem.rows == 0 {
         return;
     }
-    if problem.rows <= FEW_ROWS {
-        gemv::forward(exec, problem, x, y, s);
-    } else {
-        gemm::forward(exec, problem, x, y, s);
+    match problem.weight.whole_blocks() {
+        Some(packed)
+            if (gemv::IN_REGISTERS + 1..=FEW_ROWS)
+                .contains(&problem.rows) =>
+        {
+            few_rows::forward(exec, problem, packed, x, y, s);
+        }
+        _ if problem.rows <= gemv::MOST_ROWS => gemv::forward(exec, problem, x, y, s),
+        _ => gemm::forward(exec, problem, x, y, s),
     }
 }

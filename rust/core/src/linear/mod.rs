@@ -11,11 +11,14 @@
 //! | `tile` | the register-blocked product of two panels, for every matrix product here |
 //! | `panel` | copying and decoding into panels |
 //! | `gemm` | forward for many rows |
-//! | `gemv` | forward for up to eight rows |
+//! | `few_rows` | forward for few rows of whole blocks |
+//! | `gemv` | forward for one or two rows, and few rows of anything else |
+//! | `low_rank_input` | `drop(x)·Aᵀ` for both |
 //! | `backward` | dX |
 //! | `bf16` | all of it on bfloat16 activations, where the machine multiplies them directly |
 //! | `low_rank_gradients` | dA and dB, by `reduce` |
 //! | `reduce` | products that sum over rows |
+//! | `row_scales` | the scales of one row, for few rows |
 //! | `lora` | the low-rank branch's operands |
 //! | `dropout` | the counter-based mask |
 //! | `scratch` | buffers that threads keep between calls |
@@ -23,13 +26,16 @@
 mod backward;
 mod bf16;
 pub mod dropout;
+mod few_rows;
 mod forward;
 mod gemm;
 mod gemv;
 mod lora;
 mod low_rank_gradients;
+mod low_rank_input;
 mod panel;
 mod reduce;
+mod row_scales;
 mod scratch;
 mod tile;
 mod weight;

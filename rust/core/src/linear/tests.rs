@@ -10,6 +10,8 @@ use crate::reference::{self, Matrix};
 use crate::simd::IsaKind;
 use crate::{Error, Exec};
 
+mod few_rows;
+
 fn values(numel: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..numel)

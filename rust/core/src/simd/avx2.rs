@@ -303,6 +303,63 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
+    fn load_words(self, src: &[u8; 4 * LANES]) -> Self::I {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX; `src` is 64 readable bytes, and the loads are unaligned.
+        unsafe { [_mm256_loadu_si256(src.cast()), _mm256_loadu_si256(src.add(32).cast())] }
+    }
+    #[inline(always)]
+    fn load_word_columns(self, src: &[u8], stride: usize) -> [Self::I; 4] {
+        assert!(src.len() >= 16 && stride <= (src.len() - 16) / 15, "sixteen rows of four words");
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; the last row read is 15, and 15·stride + 16 <= src.len(), so every
+        // load of 16 bytes, unaligned, is inside.
+        unsafe {
+            // Half h of vector i is row 4h + i of eight: transposing 4 × 4 words inside each half leaves the
+            // rows in order.
+            let [low, high] = [0, 8].map(
+                #[inline(always)]
+                |first| {
+                    let [a, b, c, d] = [0, 1, 2, 3].map(
+                        #[inline(always)]
+                        |i| {
+                            let row = src.add((first + i) * stride);
+                            let halves = _mm256_castsi128_si256(_mm_loadu_si128(row.cast()));
+                            _mm256_inserti128_si256::<1>(halves, _mm_loadu_si128(row.add(4 * stride).cast()))
+                        },
+                    );
+                    let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+                    let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+                    [
+                        _mm256_unpacklo_epi64(ab, cd),
+                        _mm256_unpackhi_epi64(ab, cd),
+                        _mm256_unpacklo_epi64(ab_high, cd_high),
+                        _mm256_unpackhi_epi64(ab_high, cd_high),
+                    ]
+                },
+            );
+            [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
+        }
+    }
+    #[inline(always)]
+    fn word_nibbles(self, words: Self::I) -> [Self::I; 8] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let [a, b] = words;
+            [
+                [_mm256_srli_epi32::<4>(a), _mm256_srli_epi32::<4>(b)],
+                words,
+                [_mm256_srli_epi32::<12>(a), _mm256_srli_epi32::<12>(b)],
+                [_mm256_srli_epi32::<8>(a), _mm256_srli_epi32::<8>(b)],
+                [_mm256_srli_epi32::<20>(a), _mm256_srli_epi32::<20>(b)],
+                [_mm256_srli_epi32::<16>(a), _mm256_srli_epi32::<16>(b)],
+                [_mm256_srli_epi32::<28>(a), _mm256_srli_epi32::<28>(b)],
+                [_mm256_srli_epi32::<24>(a), _mm256_srli_epi32::<24>(b)],
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
         let src = src.as_ptr();
         // SAFETY: `self` proves AVX; `src` is 64 readable bytes, and the loads are unaligned.

@@ -219,6 +219,57 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
+    fn load_words(self, src: &[u8; 4 * LANES]) -> __m512i {
+        // SAFETY: `self` proves AVX-512F; `src` is 64 readable bytes, and the load is unaligned.
+        unsafe { _mm512_loadu_si512(src.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn load_word_columns(self, src: &[u8], stride: usize) -> [__m512i; 4] {
+        assert!(src.len() >= 16 && stride <= (src.len() - 16) / 15, "sixteen rows of four words");
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX-512F; the last row read is 15, and 15·stride + 16 <= src.len(), so every
+        // load of 16 bytes, unaligned, is inside.
+        unsafe {
+            // Quarter q of vector i is row 4q + i: transposing 4 × 4 words inside each quarter leaves the
+            // rows in order.
+            let [a, b, c, d] = [0, 1, 2, 3].map(
+                #[inline(always)]
+                |i| {
+                    let row = src.add(i * stride);
+                    let quarters = _mm512_castsi128_si512(_mm_loadu_si128(row.cast()));
+                    let quarters = _mm512_inserti32x4::<1>(quarters, _mm_loadu_si128(row.add(4 * stride).cast()));
+                    let quarters = _mm512_inserti32x4::<2>(quarters, _mm_loadu_si128(row.add(8 * stride).cast()));
+                    _mm512_inserti32x4::<3>(quarters, _mm_loadu_si128(row.add(12 * stride).cast()))
+                },
+            );
+            let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(ab, cd),
+                _mm512_unpackhi_epi64(ab, cd),
+                _mm512_unpacklo_epi64(ab_high, cd_high),
+                _mm512_unpackhi_epi64(ab_high, cd_high),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn word_nibbles(self, words: __m512i) -> [__m512i; 8] {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe {
+            [
+                _mm512_srli_epi32::<4>(words),
+                words,
+                _mm512_srli_epi32::<12>(words),
+                _mm512_srli_epi32::<8>(words),
+                _mm512_srli_epi32::<20>(words),
+                _mm512_srli_epi32::<16>(words),
+                _mm512_srli_epi32::<28>(words),
+                _mm512_srli_epi32::<24>(words),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> __m512 {
         // SAFETY: `self` proves AVX-512F; `src` is 64 readable bytes, and the load is unaligned.
         unsafe { _mm512_loadu_ps(src.as_ptr().cast()) }

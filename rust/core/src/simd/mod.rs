@@ -118,6 +118,18 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
 
     /// Asks for the cache lines of `src`, which will be read soon.
     fn prefetch<T>(self, src: &[T]);
+    /// Sixteen little-endian 32-bit words.
+    fn load_words(self, src: &[u8; 4 * LANES]) -> Self::I;
+    /// Four words of each of sixteen rows that begin `stride` bytes apart: word j of row i becomes lane i of
+    /// vector j.
+    ///
+    /// # Panics
+    /// If `src` ends before the sixteenth row's four words.
+    fn load_word_columns(self, src: &[u8], stride: usize) -> [Self::I; 4];
+    /// The eight nibbles of each word in storage order (high nibble of the first byte first). Bits above the
+    /// lowest four of a lane are undefined.
+    fn word_nibbles(self, words: Self::I) -> [Self::I; 8];
+
     /// Sixteen pairs of bfloat16, each pair the bits of a lane: the first of it the low half.
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F;
     /// The inverse of [`Isa::load_pairs`].

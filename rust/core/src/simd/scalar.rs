@@ -6,6 +6,9 @@ use half::{bf16, f16};
 
 use super::{Isa, LANES};
 
+/// Where the nibbles of a little-endian word lie, in storage order.
+const NIBBLE_SHIFTS: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
+
 /// No special instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scalar;
@@ -135,6 +138,19 @@ impl Isa for Scalar {
 
     #[inline(always)]
     fn prefetch<T>(self, _src: &[T]) {}
+    #[inline(always)]
+    fn load_words(self, src: &[u8; 4 * LANES]) -> Self::I {
+        from_fn(|i| i32::from_le_bytes(from_fn(|j| src[4 * i + j])))
+    }
+    #[inline(always)]
+    fn load_word_columns(self, src: &[u8], stride: usize) -> [Self::I; 4] {
+        from_fn(|j| from_fn(|i| i32::from_le_bytes(from_fn(|byte| src[i * stride + 4 * j + byte]))))
+    }
+    #[inline(always)]
+    fn word_nibbles(self, words: Self::I) -> [Self::I; 8] {
+        NIBBLE_SHIFTS.map(|shift| words.map(|word| word >> shift))
+    }
+
     #[inline(always)]
     fn load_pairs(self, src: &[bf16; 2 * LANES]) -> Self::F {
         from_fn(|i| pair(src[2 * i], src[2 * i + 1]))

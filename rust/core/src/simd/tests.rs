@@ -178,3 +178,60 @@ fn nan_stays_nan_in_sixteen_bits() {
         assert_eq!(kind.run(NotANumber), (true, true), "{}", kind.name());
     }
 }
+
+/// The primitives that read words of codes, as bits.
+struct Words<'a> {
+    bytes: &'a [u8],
+    stride: usize,
+}
+
+impl Op for Words<'_> {
+    type Output = Vec<u32>;
+
+    fn eval<I: Isa>(self, isa: I) -> Vec<u32> {
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                let entries = std::array::from_fn(|i| i as f32);
+                let first = isa.load_words(self.bytes.first_chunk().expect("64 bytes"));
+                let mut out = Vec::new();
+                for words in [first].into_iter().chain(isa.load_word_columns(self.bytes, self.stride)) {
+                    for index in isa.word_nibbles(words) {
+                        let mut lanes = [0.0; LANES];
+                        isa.store(isa.lookup(isa.table(&entries), index), &mut lanes);
+                        out.extend(lanes.map(|v| v as u32));
+                    }
+                }
+                out
+            },
+        )
+    }
+}
+
+#[test]
+#[allow(clippy::cast_sign_loss)] // Nibbles.
+fn words_of_codes_are_nibbles_in_storage_order() {
+    for stride in [16, 19, 48] {
+        let bytes: Vec<u8> = (0..15 * stride + 16).map(|i| (i * 37 + i / 7) as u8).collect();
+        let nibble = |i: usize| u32::from(if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 });
+        // Lane i of vector v is nibble v of word i; then of word w of row i, for each of four.
+        let mut expected: Vec<u32> = (0..8 * LANES).map(|at| nibble(at % LANES * 8 + at / LANES)).collect();
+        for word in 0..4 {
+            expected.extend((0..8 * LANES).map(|at| nibble(at % LANES * 2 * stride + 8 * word + at / LANES)));
+        }
+        for kind in IsaKind::available() {
+            assert_eq!(kind.run(Words { bytes: &bytes, stride }), expected, "{} {stride}", kind.name());
+        }
+    }
+}
+
+#[test]
+fn rows_of_words_past_the_end_are_refused() {
+    for kind in IsaKind::available() {
+        for (length, stride) in [(15 * 16 + 15, 16), (64, usize::MAX / 8)] {
+            let bytes = vec![0; length];
+            let read = std::panic::catch_unwind(|| kind.run(Words { bytes: &bytes, stride }));
+            assert!(read.is_err(), "{} {length} {stride}", kind.name());
+        }
+    }
+}
