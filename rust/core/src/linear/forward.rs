@@ -8,8 +8,10 @@ use crate::dtype::{Element, Floats, FloatsMut, like_mut, with_floats};
 use crate::error::{check_len, check_matrix};
 use crate::exec::Exec;
 
-/// Up to this many rows, a weight of whole blocks is multiplied with its rows along the vector lanes.
-const FEW_ROWS: usize = 48;
+/// Up to this many rows, a weight of whole blocks is multiplied with its rows along the vector lanes. Measured on a
+/// core with AVX-512 and 2 MB of second-level cache, 1024² and 4096²: `gemm` takes 2.5 times as long at 8 rows, 1.6
+/// at 16, 1.2 at 64 and 1.08 at 256; at 512 the two are equal.
+const FEW_ROWS: usize = 256;
 
 /// `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`, `S = drop(x)·Aᵀ`.
 ///
