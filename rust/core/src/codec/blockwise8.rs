@@ -7,7 +7,7 @@ use super::finite::{INFINITY_BITS, non_finite};
 use super::quantize::{SMALLEST_ABSMAX, absmax_bits};
 use crate::dtype::{Element, Floats, FloatsMut, with_floats};
 use crate::error::check_len;
-use crate::simd::{Isa, Op};
+use crate::simd::{Isa, Op, exceeds_caches, fill};
 use crate::{Error, Exec, Result, parallel};
 
 /// The longest block.
@@ -80,7 +80,7 @@ impl<E: Element> Op for Blocks<'_, E> {
                 for ((src, codes), absmax) in blocks.zip(self.absmax) {
                     let bits = absmax_bits(isa, src);
                     *absmax = f32::from_bits(bits.cast_unsigned());
-                    encode_block(map, src, *absmax, codes);
+                    encode_block(isa, map, src, *absmax, codes);
                     largest = largest.max(bits);
                 }
                 largest < INFINITY_BITS
@@ -91,9 +91,20 @@ impl<E: Element> Op for Blocks<'_, E> {
 
 /// `codes[i] = nearest(values[i] · (1 / absmax))`
 #[inline(always)]
-pub(super) fn encode_block<E: Element>(map: &dynamic8::Map, values: &[E], absmax: f32, codes: &mut [u8]) {
+pub(super) fn encode_block<I: Isa, E: Element>(
+    isa: I,
+    map: &dynamic8::Map,
+    values: &[E],
+    absmax: f32,
+    codes: &mut [u8],
+) {
     let inverse = 1.0 / absmax.max(SMALLEST_ABSMAX);
-    for (code, value) in codes.iter_mut().zip(values) {
+    let ((body, tail), (codes_body, codes_tail)) = (values.as_chunks(), codes.as_chunks_mut());
+    for (codes, values) in codes_body.iter_mut().zip(body) {
+        let scaled = isa.mul(E::load(isa, values), isa.splat(inverse));
+        *codes = isa.low_bytes(map.encode_lanes(isa, scaled));
+    }
+    for (code, value) in codes_tail.iter_mut().zip(tail) {
         *code = map.encode(value.to_f32() * inverse);
     }
 }
@@ -112,17 +123,67 @@ pub fn dequantize_blockwise(
     check_block_size(block_size)?;
     check_len("out", codes.len(), out.len())?;
     check_len("absmax", codes.len().div_ceil(block_size), absmax.len())?;
-    let values = &dynamic8::map().values;
     with_floats!(FloatsMut, out, out => {
-        let (blocks, elements) = task_size(block_size);
-        let tasks: Vec<_> = out.chunks_mut(elements).zip(codes.chunks(elements)).zip(absmax.chunks(blocks)).collect();
-        parallel::for_each(exec.threads_for(codes.len()), tasks, |((out, codes), absmax)| {
-            for ((out, codes), absmax) in out.chunks_mut(block_size).zip(codes.chunks(block_size)).zip(absmax) {
-                for (value, code) in out.iter_mut().zip(codes) {
-                    *value = Element::from_f32(values[usize::from(*code)] * absmax);
-                }
-            }
-        });
+        let ((blocks, elements), large) = (task_size(block_size), exceeds_caches(out));
+        let tasks: Vec<_> = out
+            .chunks_mut(elements)
+            .zip(codes.chunks(elements))
+            .zip(absmax.chunks(blocks))
+            .map(|((out, codes), absmax)| DecodeBlocks { codes, absmax, block_size, out, large })
+            .collect();
+        parallel::for_each(exec.threads_for(codes.len()), tasks, |task| exec.isa.run(task));
     });
     Ok(())
+}
+
+/// Whole blocks but for the tensor's last.
+struct DecodeBlocks<'a, E> {
+    codes: &'a [u8],
+    absmax: &'a [f32],
+    block_size: usize,
+    out: &'a mut [E],
+    large: bool,
+}
+
+impl<E: Element> Op for DecodeBlocks<'_, E> {
+    type Output = ();
+
+    fn eval<I: Isa>(self, isa: I) {
+        let Self { codes, absmax, block_size, out, large } = self;
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                fill(
+                    isa,
+                    large,
+                    out,
+                    #[inline(always)]
+                    |start, out| {
+                        let (mut block, mut rest) = (start / block_size, out);
+                        let mut codes = &codes[start..][..rest.len()];
+                        let mut length = block_size - start % block_size;
+                        while !rest.is_empty() {
+                            let (now, later) = rest.split_at_mut(length.min(rest.len()));
+                            let (now_codes, later_codes) = codes.split_at(now.len());
+                            decode_block(isa, now_codes, absmax[block], now);
+                            (block, length, rest, codes) = (block + 1, block_size, later, later_codes);
+                        }
+                    },
+                );
+            },
+        );
+    }
+}
+
+/// Decodes within one block.
+#[inline(always)]
+fn decode_block<I: Isa, E: Element>(isa: I, codes: &[u8], absmax: f32, out: &mut [E]) {
+    let values = &dynamic8::map().values;
+    let ((body, tail), (codes, codes_tail)) = (out.as_chunks_mut(), codes.as_chunks());
+    for (lanes, codes) in body.iter_mut().zip(codes) {
+        E::store(isa, isa.mul(isa.gather(values, isa.load_u8(codes)), isa.splat(absmax)), lanes);
+    }
+    for (value, code) in tail.iter_mut().zip(codes_tail) {
+        *value = E::from_f32(values[usize::from(*code)] * absmax);
+    }
 }

@@ -3,7 +3,7 @@
 use super::spec::{Packed, RUN};
 use crate::dtype::{Element, FloatsMut, with_floats};
 use crate::error::check_len;
-use crate::simd::{Isa, LANES, Op};
+use crate::simd::{Isa, LANES, Op, exceeds_caches, fill};
 use crate::{Exec, Result, parallel};
 
 /// Elements of one task.
@@ -21,8 +21,9 @@ pub fn dequantize_4bit(exec: &Exec, packed: &Packed<'_>, out: FloatsMut<'_>) -> 
 
 fn dequantize_typed<E: Element>(exec: &Exec, packed: &Packed<'_>, out: &mut [E]) {
     let threads = exec.threads_for(out.len());
-    let tasks: Vec<_> =
-        out.chunks_mut(TASK).enumerate().map(|(i, out)| DequantizeChunk { packed, start: i * TASK, out }).collect();
+    let large = exceeds_caches(out);
+    let chunks = out.chunks_mut(TASK).enumerate();
+    let tasks: Vec<_> = chunks.map(|(i, out)| DequantizeChunk { packed, start: i * TASK, out, large }).collect();
     parallel::for_each(threads, tasks, |task| exec.isa.run(task));
 }
 
@@ -30,6 +31,7 @@ struct DequantizeChunk<'a, E> {
     packed: &'a Packed<'a>,
     start: usize,
     out: &'a mut [E],
+    large: bool,
 }
 
 impl<E: Element> Op for DequantizeChunk<'_, E> {
@@ -38,7 +40,15 @@ impl<E: Element> Op for DequantizeChunk<'_, E> {
     fn eval<I: Isa>(self, isa: I) {
         isa.vectorize(
             #[inline(always)]
-            || decode_range(isa, self.packed, self.start, self.out),
+            || {
+                fill(
+                    isa,
+                    self.large,
+                    self.out,
+                    #[inline(always)]
+                    |start, out| decode_range(isa, self.packed, self.start + start, out),
+                );
+            },
         );
     }
 }

@@ -69,7 +69,7 @@ impl Op for Chunk<'_> {
                         *c = a - self.offset;
                     }
                     *nested = f32::from_bits(absmax_bits(isa, centred).cast_unsigned());
-                    encode_block(map, centred, *nested, codes);
+                    encode_block(isa, map, centred, *nested, codes);
                 }
             },
         );

@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::finite::{INFINITY_BITS, non_finite};
 use super::quantize::absmax_bits;
-use crate::dtype::{Element, Floats, FloatsMut, with_floats};
+use crate::dtype::{Element, Floats, FloatsMut, narrow, with_floats};
 use crate::error::{check_len, check_matrix};
-use crate::simd::{Isa, LANES, Op};
+use crate::simd::{Isa, LANES, Op, exceeds_caches, fill};
 use crate::{Exec, Result, parallel};
 
 /// 1 / 127 in float32: decoding multiplies by it, as the format's other readers do.
@@ -110,13 +110,36 @@ impl<E: Element> Op for Rows<'_, E> {
 fn encode_row<I: Isa, E: Element>(isa: I, src: &[E], codes: &mut [i8], scb: &mut f32) -> bool {
     let bits = absmax_bits(isa, src);
     *scb = f32::from_bits(bits.cast_unsigned());
-    // In this order: it is what the writers of the format compute, and a tie of the rounding shows the difference.
-    let factor = (1.0 / *scb) * 127.0;
-    for (code, value) in codes.iter_mut().zip(src) {
-        // Clamped for a row so small that the factor is infinite; the cast makes 0 of a zero row's 0 · infinity.
-        *code = (value.to_f32() * factor).round_ties_even().clamp(-127.0, 127.0) as i8;
+    let (lift, factor) = scale_to_127(*scb);
+    let ((body, tail), (codes_body, codes_tail)) = (src.as_chunks::<LANES>(), codes.as_chunks_mut::<LANES>());
+    for (codes, values) in codes_body.iter_mut().zip(body) {
+        let lifted = isa.mul(E::load(isa, values), isa.splat(lift));
+        let bytes = isa.low_bytes(isa.round(isa.mul(lifted, isa.splat(factor))));
+        for (code, byte) in codes.iter_mut().zip(bytes) {
+            *code = byte.cast_signed();
+        }
+    }
+    for (code, value) in codes_tail.iter_mut().zip(tail) {
+        *code = (value.to_f32() * lift * factor).round_ties_even() as i8;
     }
     bits < INFINITY_BITS
+}
+
+/// Two factors whose product is 127 / `scb`, to be applied one after the other. The first is 1, exactly, unless
+/// the row is so small that 127 / `scb` overflows.
+#[inline(always)]
+fn scale_to_127(scb: f32) -> (f32, f32) {
+    /// 2^64, a power of two: it lifts such a row out of the subnormal numbers without a rounding.
+    const LIFT: f32 = 18_446_744_073_709_551_616.0;
+    // In this order: it is what the writers of the format compute, and a tie of the rounding shows the difference.
+    let factor = |scb: f32| (1.0 / scb) * 127.0;
+    if scb == 0.0 {
+        (1.0, 0.0)
+    } else if factor(scb).is_finite() {
+        (1.0, factor(scb))
+    } else {
+        (LIFT, factor(scb * LIFT))
+    }
 }
 
 /// `out = codes · SCB / 127`
@@ -131,17 +154,20 @@ pub fn dequantize_int8(exec: &Exec, matrix: &Int8Matrix<'_>, out: FloatsMut<'_>)
     with_floats!(FloatsMut, out, out => {
         let threads = exec.threads_for(out.len());
         let rows = rows_per_task(matrix.cols);
-        let chunks = out.chunks_mut(rows * matrix.cols).enumerate();
-        let tasks: Vec<_> = chunks.map(|(i, out)| DecodeRows { matrix, first: i * rows, out }).collect();
+        let (elements, large) = (rows * matrix.cols, exceeds_caches(out));
+        let chunks = out.chunks_mut(elements).enumerate();
+        let tasks: Vec<_> = chunks.map(|(i, out)| DecodeRows { matrix, start: i * elements, out, large }).collect();
         parallel::for_each(threads, tasks, |task| exec.isa.run(task));
     });
     Ok(())
 }
 
+/// Elements from `start` on.
 struct DecodeRows<'a, E> {
     matrix: &'a Int8Matrix<'a>,
-    first: usize,
+    start: usize,
     out: &'a mut [E],
+    large: bool,
 }
 
 impl<E: Element> Op for DecodeRows<'_, E> {
@@ -151,10 +177,33 @@ impl<E: Element> Op for DecodeRows<'_, E> {
         isa.vectorize(
             #[inline(always)]
             || {
-                for (row, out) in self.out.chunks_mut(self.matrix.cols).enumerate() {
-                    self.matrix.decode_row(isa, self.first + row, 0, out);
-                }
+                fill(
+                    isa,
+                    self.large,
+                    self.out,
+                    #[inline(always)]
+                    |start, out| decode_range(isa, self.matrix, self.start + start, out),
+                );
             },
         );
+    }
+}
+
+/// Decodes elements `start .. start + out.len()` of the flattened matrix.
+#[inline(always)]
+fn decode_range<I: Isa, E: Element>(isa: I, matrix: &Int8Matrix<'_>, start: usize, out: &mut [E]) {
+    /// Values decoded at a time, on the stack.
+    const STEP: usize = 512;
+    let mut wide = [0.0_f32; STEP];
+    let (mut row, mut col, mut rest) = (start / matrix.cols, start % matrix.cols, out);
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at_mut((matrix.cols - col).min(STEP).min(rest.len()));
+        let wide = &mut wide[..now.len()];
+        matrix.decode_row(isa, row, col, wide);
+        narrow(isa, wide, now);
+        (col, rest) = (col + now.len(), later);
+        if col == matrix.cols {
+            (row, col) = (row + 1, 0);
+        }
     }
 }

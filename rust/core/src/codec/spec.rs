@@ -155,7 +155,7 @@ impl<'a> Scales<'a> {
             match codes[at..].first_chunk() {
                 Some(sixteen) if at % NESTED_BLOCK_SIZE <= NESTED_BLOCK_SIZE - LANES => {
                     let scale = isa.splat(nested_absmax[at / NESTED_BLOCK_SIZE]);
-                    isa.store(isa.add(isa.mul(isa.lookup_bytes(values, sixteen), scale), offset), lanes);
+                    isa.store(isa.add(isa.mul(isa.gather(values, isa.load_u8(sixteen)), scale), offset), lanes);
                 }
                 _ => self.decode(at, &mut lanes[..count]),
             }

@@ -234,7 +234,7 @@ fn double_quantization_agrees_with_the_reference_and_decodes_within_half_a_step(
 
 #[test]
 fn blockwise_8_bit_agrees_with_the_nearest_entries() {
-    for (numel, block_size) in [(0, 64), (1, 64), (1000, 256), (5000, 4096), (77, 7)] {
+    for (numel, block_size) in [(0, 64), (1, 64), (1000, 256), (5000, 4096), (77, 7), (2100, 33)] {
         let data = values(numel, 13);
         for exec in executions() {
             let (mut codes, mut absmax) = (vec![0; numel], vec![0.0; numel.div_ceil(block_size)]);
@@ -255,7 +255,7 @@ fn blockwise_8_bit_agrees_with_the_nearest_entries() {
 
 #[test]
 fn int8_rows_round_half_to_even_and_decode_within_half_a_step() {
-    let (rows, cols) = (5, 77);
+    let (rows, cols) = (5, 301);
     let mut data = values(rows * cols, 17);
     data[2 * cols..3 * cols].fill(0.0);
     for exec in executions() {
@@ -272,6 +272,33 @@ fn int8_rows_round_half_to_even_and_decode_within_half_a_step() {
             assert_eq!(f32::from(codes[i]).to_bits(), (expected + 0.0).to_bits());
             // Half a step, and three roundings of values at most absmax.
             assert!((out[i] - value).abs() <= absmax / 254.0 + 3.0 * f32::EPSILON * absmax);
+        }
+    }
+}
+
+#[test]
+fn int8_rows_too_small_for_127_over_absmax_decode_within_half_a_step() {
+    // The smallest subnormal; 1 / absmax overflows; only 127 / absmax does; neither does.
+    for absmax in [1e-45, 1e-44, 1e-40, 2.9e-39, 3e-38, 3.7e-37, 3.8e-37] {
+        let row: Vec<f32> = (0..37).map(|i| absmax * (1.0 - i as f32 / 18.0)).collect();
+        for exec in executions() {
+            let (mut codes, mut scb) = (vec![0; 37], [0.0]);
+            int8::quantize_int8(&exec, Floats::F32(&row), &mut codes, &mut scb, "w").expect("finite");
+            assert_eq!(scb[0].to_bits(), absmax.to_bits());
+            for (code, value) in codes.iter().zip(&row) {
+                // In float64: what float32 holds of so small a product is another matter. A step, half of it,
+                // and the roundings of the factors.
+                let exact = f64::from(*value) / f64::from(absmax) * 127.0;
+                assert!((f64::from(*code) - exact).abs() <= 0.5 + 127.0 * 3.0 * f64::from(f32::EPSILON), "{absmax:e}");
+            }
+            let mut out = vec![f32::NAN; 37];
+            let matrix = int8::Int8Matrix::new(&codes, &scb, 1, 37).expect("fits");
+            int8::dequantize_int8(&exec, &matrix, FloatsMut::F32(&mut out)).expect("fits");
+            for (got, value) in out.iter().zip(&row) {
+                // Of subnormal numbers the roundings are half the smallest each.
+                let bound = absmax / 254.0 + 3.0 * f32::EPSILON * absmax + 2.0 * f32::from_bits(1);
+                assert!((got - value).abs() <= bound, "{absmax:e}: {got:e} {value:e}");
+            }
         }
     }
 }

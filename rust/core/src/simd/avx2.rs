@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Isa, LANES};
+use super::{Isa, LANES, mask};
 
 /// Proof that this machine has AVX2, FMA and F16C.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -273,28 +273,6 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
-        // SAFETY: `self` proves AVX2.
-        let [low, high] = both(
-            codes,
-            #[inline(always)]
-            |c| unsafe {
-                let joined = _mm256_or_si256(_mm256_slli_epi64::<4>(c), _mm256_srli_epi64::<32>(c));
-                // The wanted bytes are the lowest of each 64-bit lane: 0 and 8 of each half.
-                let pick = _mm256_setr_epi8(
-                    0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
-                    0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                );
-                let picked = _mm256_shuffle_epi8(joined, pick);
-                let first = _mm256_extract_epi16::<0>(picked);
-                let second = _mm256_extract_epi16::<8>(picked);
-                (first | (second << 16)).cast_unsigned()
-            },
-        );
-        (u64::from(low) | (u64::from(high) << 32)).to_le_bytes()
-    }
-
-    #[inline(always)]
     fn prefetch<T>(self, src: &[T]) {
         const LINE: usize = 64;
         for offset in (0..size_of_val(src)).step_by(LINE) {
@@ -422,21 +400,6 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F {
-        let src = src.as_ptr();
-        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset, and every byte indexes the table.
-        unsafe {
-            both(
-                [0, 8],
-                #[inline(always)]
-                |i| {
-                    let index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast()));
-                    _mm256_i32gather_ps::<4>(table.as_ptr(), index)
-                },
-            )
-        }
-    }
-    #[inline(always)]
     fn lookup32(self, [low, high]: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
         // SAFETY: `self` proves AVX2; `src` is 16 readable bytes and `dst` 64 writable ones, and the accesses
         // are unaligned.
@@ -452,6 +415,109 @@ impl Isa for Avx2 {
             _mm256_storeu_si256(dst.cast(), _mm256_unpacklo_epi8(low, high));
             _mm256_storeu_si256(dst.add(LANES).cast(), _mm256_unpackhi_epi8(low, high));
         }
+    }
+
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: Self::I) -> Self::I {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let count = _mm_cvtsi32_si128(N.cast_signed());
+            [_mm256_srl_epi32(a[0], count), _mm256_srl_epi32(a[1], count)]
+        }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::I {
+        // SAFETY: `self` proves AVX. The rounding mode of a Rust program is to nearest.
+        unsafe { [_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1])] }
+    }
+    #[inline(always)]
+    fn low_bytes(self, a: Self::I) -> [u8; LANES] {
+        let mut bytes = [0; LANES];
+        // SAFETY: `self` proves AVX2; `bytes` is 16 writable bytes, and the store is unaligned.
+        unsafe {
+            let byte = _mm256_set1_epi32(0xff);
+            let words = _mm256_packus_epi32(_mm256_and_si256(a[0], byte), _mm256_and_si256(a[1], byte));
+            // The pack interleaves 128-bit halves; the permutation puts them back in order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let packed = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(bytes.as_mut_ptr().cast(), packed);
+        }
+        bytes
+    }
+    #[inline(always)]
+    fn load_u8(self, src: &[u8; LANES]) -> Self::I {
+        let src = src.as_ptr();
+        // SAFETY: `self` proves AVX2; `src` is 16 readable bytes, 8 at each offset.
+        unsafe {
+            both(
+                [0, 8],
+                #[inline(always)]
+                |i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.add(i).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    fn gather<const N: usize>(self, table: &[f32; N], index: Self::I) -> Self::F {
+        // SAFETY: `self` proves AVX2; the mask keeps every index below N.
+        unsafe {
+            let mask = _mm256_set1_epi32(mask::<N>());
+            both(
+                index,
+                #[inline(always)]
+                |i| _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_and_si256(i, mask)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn lookup_wide(self, [low, high]: [Self::Table; 2], index: Self::I) -> Self::F {
+        let (low, high) = (self.lookup(low, index), self.lookup(high, index));
+        // SAFETY: `self` proves AVX2. Bit 4, moved to the sign, chooses the half.
+        unsafe {
+            let choice = both(
+                index,
+                #[inline(always)]
+                |i| _mm256_castsi256_ps(_mm256_slli_epi32::<27>(i)),
+            );
+            [_mm256_blendv_ps(low[0], high[0], choice[0]), _mm256_blendv_ps(low[1], high[1], choice[1])]
+        }
+    }
+    #[inline(always)]
+    fn store_nibbles(self, codes: [Self::I; 4], dst: &mut [u8; 2 * LANES]) {
+        let [a, b, c, d] = codes;
+        // SAFETY: `self` proves AVX2; `dst` is 32 writable bytes, and the store is unaligned.
+        unsafe {
+            // Neighbouring codes, as words: sixteen times the first plus the second.
+            let weights = _mm256_set1_epi32(0x0001_0010);
+            let (a, b) = (_mm256_packus_epi32(a[0], a[1]), _mm256_packus_epi32(b[0], b[1]));
+            let (c, d) = (_mm256_packus_epi32(c[0], c[1]), _mm256_packus_epi32(d[0], d[1]));
+            let ab = _mm256_packus_epi32(_mm256_madd_epi16(a, weights), _mm256_madd_epi16(b, weights));
+            let cd = _mm256_packus_epi32(_mm256_madd_epi16(c, weights), _mm256_madd_epi16(d, weights));
+            // The packs work within 128-bit lanes: two bytes of each vector of eight, lane after lane.
+            let bytes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(ab, cd));
+            let order = _mm256_setr_epi8(
+                0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, //
+                0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15,
+            );
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm256_shuffle_epi8(bytes, order));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream_line(self, src: *const u8, dst: *mut u8) {
+        // SAFETY: `self` proves AVX; the rest is the caller's promise.
+        unsafe {
+            _mm256_stream_si256(dst.cast(), _mm256_loadu_si256(src.cast()));
+            _mm256_stream_si256(dst.add(32).cast(), _mm256_loadu_si256(src.add(32).cast()));
+        }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 has the instruction.
+        unsafe { _mm_sfence() }
     }
 }
 

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Isa, LANES};
+use super::{Isa, LANES, mask};
 
 /// Proof that this machine has AVX-512 F, BW, DQ, VL, AVX2, FMA and F16C.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,15 +202,6 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
-    fn pack_nibbles(self, codes: __m512i) -> [u8; 8] {
-        // SAFETY: `self` proves AVX-512F.
-        unsafe {
-            let joined = _mm512_or_si512(_mm512_slli_epi64::<4>(codes), _mm512_srli_epi64::<32>(codes));
-            _mm_cvtsi128_si64(_mm512_cvtepi64_epi8(joined)).to_le_bytes()
-        }
-    }
-
-    #[inline(always)]
     fn prefetch<T>(self, src: &[T]) {
         const LINE: usize = 64;
         for offset in (0..size_of_val(src)).step_by(LINE) {
@@ -346,14 +337,6 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
-    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; `src` is 16 readable bytes, and every byte indexes the table.
-        unsafe {
-            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(src.as_ptr().cast()));
-            _mm512_i32gather_ps::<4>(index, table.as_ptr())
-        }
-    }
-    #[inline(always)]
     fn lookup32(self, table: __m512i, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
         // SAFETY: `self` proves AVX-512 F and BW; `src` is 16 readable bytes, `SPREAD` 64, `dst` 64
         // writable ones, and the accesses are unaligned.
@@ -366,6 +349,71 @@ impl Isa for Avx512 {
             let index = _mm512_srlv_epi16(words, _mm512_set1_epi32(0x0007_0003));
             _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_permutexvar_epi16(index, table));
         }
+    }
+
+    #[inline(always)]
+    fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_srli_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_cvt_roundps_epi32::<ROUND_NEAREST>(a) }
+    }
+    #[inline(always)]
+    fn low_bytes(self, a: __m512i) -> [u8; LANES] {
+        let mut bytes = [0; LANES];
+        // SAFETY: `self` proves AVX-512F; `bytes` is 16 writable bytes, and the store is unaligned.
+        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a)) };
+        bytes
+    }
+    #[inline(always)]
+    fn load_u8(self, src: &[u8; LANES]) -> __m512i {
+        // SAFETY: `self` proves AVX-512F; `src` is 16 readable bytes, and the load is unaligned.
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(src.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn gather<const N: usize>(self, table: &[f32; N], index: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; the mask keeps every index below N.
+        unsafe {
+            let index = _mm512_and_si512(index, _mm512_set1_epi32(mask::<N>()));
+            _mm512_i32gather_ps::<4>(index, table.as_ptr())
+        }
+    }
+    #[inline(always)]
+    fn lookup_wide(self, [low, high]: [__m512; 2], index: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512F. `vpermt2ps` reads the lowest five bits of each index.
+        unsafe { _mm512_permutex2var_ps(low, index, high) }
+    }
+    #[inline(always)]
+    fn store_nibbles(self, [a, b, c, d]: [__m512i; 4], dst: &mut [u8; 2 * LANES]) {
+        // SAFETY: `self` proves AVX-512 F, BW and VL; `dst` is 32 writable bytes, and the store is unaligned.
+        unsafe {
+            // Neighbouring codes, as words: sixteen times the first plus the second.
+            let weights = _mm512_set1_epi32(0x0001_0010);
+            let ab = _mm512_madd_epi16(_mm512_packus_epi32(a, b), weights);
+            let cd = _mm512_madd_epi16(_mm512_packus_epi32(c, d), weights);
+            let bytes = _mm512_cvtepi16_epi8(_mm512_packus_epi32(ab, cd));
+            // The packs work within 128-bit lanes: two bytes of each vector, lane after lane.
+            let order = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm256_permutexvar_epi16(order, bytes));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream_line(self, src: *const u8, dst: *mut u8) {
+        // SAFETY: `self` proves AVX-512F; the rest is the caller's promise.
+        unsafe { _mm512_stream_si512(dst.cast(), _mm512_loadu_si512(src.cast())) }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 has the instruction.
+        unsafe { _mm_sfence() }
     }
 }
 

@@ -15,11 +15,14 @@ mod avx2;
 mod avx512;
 pub(crate) mod dots;
 mod scalar;
+mod stream;
 
 use std::fmt::Debug;
 use std::sync::OnceLock;
 
 use half::{bf16, f16};
+
+pub(crate) use stream::{exceeds_caches, fill};
 
 use self::dots::Dots;
 use crate::{Error, Result};
@@ -97,21 +100,6 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
     fn nibbles(self, src: &[u8; 8]) -> Self::I;
     /// The high nibbles of sixteen bytes, and the low ones. Bits above the lowest four are undefined.
     fn nibbles_split(self, src: &[u8; LANES]) -> (Self::I, Self::I);
-    /// Packs sixteen codes below 16 into eight bytes, high nibble first: the inverse of [`Isa::nibbles`].
-    fn pack_nibbles(self, codes: Self::I) -> [u8; 8];
-
-    /// Number of the table's first fifteen entries that are below each lane, for an ascending table
-    /// whose last entry is infinite: four halvings.
-    #[inline(always)]
-    fn rank(self, table: Self::Table, entries: &[f32; LANES], value: Self::F) -> Self::I {
-        let mut rank = self.gt_bit(value, self.splat(entries[7]), 8);
-        for half in [4_i32, 2, 1] {
-            // The probe is entry rank + half - 1; rank is a multiple of 2·half, so adding is or-ing.
-            let probe = self.or(rank, self.splat_i(half - 1));
-            rank = self.or(rank, self.gt_bit(value, self.lookup(table, probe), half));
-        }
-        rank
-    }
 
     /// All lanes `value`.
     fn splat_i(self, value: i32) -> Self::I;
@@ -143,10 +131,41 @@ pub trait Isa: Copy + Send + Sync + Debug + 'static {
     fn table16_bf16(self, table: Self::Table, scale: f32) -> Self::Table16;
     /// Every entry times `scale`, rounded as [`Isa::store_f16`] does.
     fn table16_f16(self, table: Self::Table, scale: f32) -> Self::Table16;
-    /// `table[src[i]]` per lane.
-    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F;
     /// `dst[i] = table[nibble i]` for the nibbles of sixteen bytes in storage order (high nibble first).
     fn lookup32(self, table: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]);
+
+    /// `a + b`, wrapping.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The bits moved down by `N`, zeros above.
+    fn shift_right<const N: u32>(self, a: Self::I) -> Self::I;
+    /// The nearest integer, ties to the even one. NaN and what no int32 holds give an unspecified one.
+    fn round(self, a: Self::F) -> Self::I;
+    /// The lowest byte of each lane.
+    fn low_bytes(self, a: Self::I) -> [u8; LANES];
+    /// Sixteen bytes, zero-extended.
+    fn load_u8(self, src: &[u8; LANES]) -> Self::I;
+    /// `table[index mod N]` per lane; `N` is a power of two.
+    fn gather<const N: usize>(self, table: &[f32; N], index: Self::I) -> Self::F;
+    /// [`Isa::lookup`] in a table of thirty-two entries: `index mod 32`.
+    fn lookup_wide(self, table: [Self::Table; 2], index: Self::I) -> Self::F;
+    /// Packs sixty-four codes below 16 into bytes, the high nibble first: the inverse of [`Isa::nibbles`].
+    fn store_nibbles(self, codes: [Self::I; 4], dst: &mut [u8; 2 * LANES]);
+    /// Copies a cache line past the caches.
+    ///
+    /// # Safety
+    /// `src` is 64 readable bytes and `dst` 64 writable ones, a multiple of 64. [`Isa::fence`] is called
+    /// before another thread can read them.
+    #[allow(unsafe_code)]
+    unsafe fn stream_line(self, src: *const u8, dst: *mut u8);
+    /// Makes lines written by [`Isa::stream_line`] visible to other threads before anything written later.
+    fn fence(self);
+}
+
+/// What leaves the remainder by `N`, a power of two, of an index.
+#[cfg(target_arch = "x86_64")]
+const fn mask<const N: usize>() -> i32 {
+    const { assert!(N.is_power_of_two() && N <= 1 << 30) };
+    (N as u32).cast_signed() - 1
 }
 
 /// Work that is generic over the instruction set: a struct of its inputs with one `eval`.

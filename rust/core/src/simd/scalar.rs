@@ -4,6 +4,7 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
+use super::stream::LINE;
 use super::{Isa, LANES};
 
 /// Where the nibbles of a little-endian word lie, in storage order.
@@ -132,11 +133,6 @@ impl Isa for Scalar {
         (src.map(|b| i32::from(b >> 4)), src.map(|b| i32::from(b & 15)))
     }
     #[inline(always)]
-    fn pack_nibbles(self, codes: Self::I) -> [u8; 8] {
-        from_fn(|i| ((codes[2 * i] << 4) | codes[2 * i + 1]).cast_unsigned() as u8)
-    }
-
-    #[inline(always)]
     fn prefetch<T>(self, _src: &[T]) {}
     #[inline(always)]
     fn load_words(self, src: &[u8; 4 * LANES]) -> Self::I {
@@ -179,15 +175,55 @@ impl Isa for Scalar {
         table.map(|v| f16::from_f32(v * scale).to_bits())
     }
     #[inline(always)]
-    fn lookup_bytes(self, table: &[f32; 256], src: &[u8; LANES]) -> Self::F {
-        src.map(|byte| table[usize::from(byte)])
-    }
-    #[inline(always)]
     fn lookup32(self, table: Self::Table16, src: &[u8; LANES], dst: &mut [u16; 2 * LANES]) {
         for (pair, byte) in dst.as_chunks_mut::<2>().0.iter_mut().zip(src) {
             *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
         }
     }
+
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: Self::I) -> Self::I {
+        a.map(|v| (v.cast_unsigned() >> N).cast_signed())
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::I {
+        a.map(|v| v.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    fn low_bytes(self, a: Self::I) -> [u8; LANES] {
+        a.map(|v| v.to_le_bytes()[0])
+    }
+    #[inline(always)]
+    fn load_u8(self, src: &[u8; LANES]) -> Self::I {
+        src.map(i32::from)
+    }
+    #[inline(always)]
+    fn gather<const N: usize>(self, table: &[f32; N], index: Self::I) -> Self::F {
+        const { assert!(N.is_power_of_two()) };
+        index.map(|i| table[i.cast_unsigned() as usize % N])
+    }
+    #[inline(always)]
+    fn lookup_wide(self, table: [Self::Table; 2], index: Self::I) -> Self::F {
+        index.map(|i| table.as_flattened()[i.cast_unsigned() as usize % (2 * LANES)])
+    }
+    #[inline(always)]
+    fn store_nibbles(self, codes: [Self::I; 4], dst: &mut [u8; 2 * LANES]) {
+        for (byte, [high, low]) in dst.iter_mut().zip(codes.as_flattened().as_chunks().0) {
+            *byte = ((high << 4) | low).to_le_bytes()[0];
+        }
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn stream_line(self, src: *const u8, dst: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { src.copy_to_nonoverlapping(dst, LINE) }
+    }
+    #[inline(always)]
+    fn fence(self) {}
 }
 
 fn pair(low: bf16, high: bf16) -> f32 {

@@ -25,10 +25,6 @@ impl Op for Everything {
                 let table = isa.table(&self.b);
                 let (even, odd) = isa.nibbles_split(&self.bytes);
                 let first: &[u8; 8] = self.bytes.first_chunk().expect("16 bytes");
-                let mut thresholds = self.b.map(|v| if v.is_nan() { 0.0 } else { v });
-                thresholds.sort_by(f32::total_cmp);
-                thresholds[15] = f32::INFINITY;
-                let rank = isa.rank(isa.table(&thresholds), &thresholds, a);
                 for value in [
                     isa.add(a, b),
                     isa.mul(a, b),
@@ -41,9 +37,7 @@ impl Op for Everything {
                     isa.lookup(table, isa.gt_bit(a, b, 5)),
                     isa.lookup(table, isa.or(isa.gt_bit(b, a, 8), isa.splat_i(3))),
                     isa.lookup(table, isa.zero_i()),
-                    isa.lookup(table, rank),
                     isa.load_i8(&self.bytes.map(u8::cast_signed)),
-                    isa.lookup_bytes(&std::array::from_fn(|i| self.a[i % LANES] + i as f32), &self.bytes),
                 ] {
                     isa.store(value, &mut buffer);
                     out.extend(buffer.map(f32::to_bits));
@@ -58,8 +52,8 @@ impl Op for Everything {
                 out.extend(brains.map(|v| u32::from(v.to_bits())));
                 isa.store(isa.load_bf16(&brains), &mut buffer);
                 out.extend(buffer.map(f32::to_bits));
-                out.extend(isa.pack_nibbles(rank).map(u32::from));
                 out.extend(self.moves(isa));
+                out.extend(self.codes(isa));
                 out.push(isa.reduce_sum(a).to_bits());
                 let largest = isa.reduce_max(isa.max_abs_bits(isa.to_bits(isa.abs(b)), a));
                 out.push(largest.cast_unsigned());
@@ -99,6 +93,35 @@ impl Everything {
         }
         out
     }
+
+    /// What the encoders do with integers.
+    #[inline(always)]
+    fn codes<I: Isa>(&self, isa: I) -> Vec<u32> {
+        let mut out = Vec::new();
+        let (a, b) = (isa.load(&self.a), isa.load(&self.b));
+        let codes = isa.table(&std::array::from_fn(|i| f32::from_bits(i as u32)));
+        let (even, odd) = isa.nibbles_split(&self.bytes);
+        let [even, odd] = [even, odd].map(|index| isa.to_bits(isa.lookup(codes, index)));
+        let mut packed = [0; 2 * LANES];
+        isa.store_nibbles([even, isa.gt_bit(a, b, 9), odd, isa.gt_bit(b, a, 15)], &mut packed);
+        out.extend(packed.map(u32::from));
+        let halves = isa.mul(isa.load_i8(&self.bytes.map(u8::cast_signed)), isa.splat(0.5));
+        let bits = isa.to_bits(b);
+        for lanes in [isa.round(halves), isa.shift_right::<7>(isa.to_bits(a)), isa.add_i(even, bits)] {
+            out.extend(isa.low_bytes(lanes).map(u32::from));
+        }
+        let long: [f32; 256] = std::array::from_fn(|i| self.a[i % LANES] + i as f32);
+        let mut buffer = [0.0_f32; LANES];
+        for value in [
+            isa.gather(&long, bits),
+            isa.gather(&long, isa.load_u8(&self.bytes)),
+            isa.lookup_wide([isa.table(&self.a), isa.table(&self.b)], bits),
+        ] {
+            isa.store(value, &mut buffer);
+            out.extend(buffer.map(f32::to_bits));
+        }
+        out
+    }
 }
 
 fn canonical(bits: Vec<u32>) -> Vec<u32> {
@@ -124,18 +147,6 @@ proptest! {
         for kind in IsaKind::available() {
             prop_assert_eq!(&canonical(kind.run(Everything { a, b, bytes })), &expected, "{}", kind.name());
         }
-    }
-}
-
-#[test]
-fn rank_counts_the_entries_below() {
-    let mut entries: [f32; LANES] = std::array::from_fn(|i| i as f32);
-    entries[15] = f32::INFINITY;
-    let values: [f32; LANES] = std::array::from_fn(|i| i as f32 * 1.1 - 0.5);
-    let ranks = Scalar.rank(Scalar.table(&entries), &entries, values);
-    for (value, rank) in values.into_iter().zip(ranks) {
-        let expected = entries[..15].iter().filter(|e| **e < value).count();
-        assert_eq!(rank, i32::try_from(expected).expect("small"));
     }
 }
 

@@ -3,6 +3,7 @@
 //! Code bit 3 is the sign; bits 0-2 index the magnitudes, which are not in ascending order.
 
 use super::Thresholds;
+use super::buckets::Buckets;
 
 /// Value of each code. Codes 8-15 are the negatives of 0-7; code 8 is -0.0.
 pub const VALUES: [f32; 16] = [
@@ -39,6 +40,9 @@ pub const THRESHOLDS: Thresholds = {
 
 /// Magnitude code of each rank among the thresholds.
 pub const CODE_OF_RANK: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
+
+/// [`THRESHOLDS`] by bucket.
+pub static BUCKETS: Buckets = Buckets::new(&THRESHOLDS);
 
 /// Code of 0.0.
 pub const ZERO_CODE: u8 = 0;

@@ -4,6 +4,7 @@
 //! zero, divided by the largest. A test derives them again.
 
 use super::Thresholds;
+use super::buckets::Buckets;
 
 /// Value of each code, as float32 bits. Ascending.
 const VALUE_BITS: [u32; 16] = [
@@ -65,6 +66,9 @@ pub const THRESHOLDS: Thresholds = {
     }
     thresholds
 };
+
+/// [`THRESHOLDS`] by bucket.
+pub static BUCKETS: Buckets = Buckets::new(&THRESHOLDS);
 
 /// Code of 0.0.
 pub const ZERO_CODE: u8 = 7;

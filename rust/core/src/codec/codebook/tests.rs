@@ -1,6 +1,8 @@
 //! The tables are recomputed from their derivation.
 
-use super::{dynamic8, fp4, nf4};
+use super::buckets::{Buckets, OFFSET, PER_UNIT};
+use super::{Thresholds, dynamic8, fp4, nf4};
+use crate::simd::{Isa, IsaKind, LANES, Op};
 
 /// Inverse of the normal distribution function, by bisection of its integral (Simpson's rule).
 fn normal_quantile(p: f64) -> f64 {
@@ -96,5 +98,53 @@ fn dynamic8_encodes_to_the_nearest_value_and_ties_to_the_lower() {
     let grid = (-1100..=1100).map(|i| i as f32 / 1000.0);
     for x in around.chain(grid).chain(map.values) {
         assert_eq!(usize::from(map.encode(x)), nearest(x), "{x:e}");
+    }
+}
+
+#[test]
+fn ranks_by_bucket_are_the_counts_of_the_thresholds_below() {
+    let rank = |buckets: &Buckets, x: f32| {
+        let bucket = x.mul_add(PER_UNIT, OFFSET).to_bits() as usize % 32;
+        let (bucket_rank, threshold) =
+            (buckets.ranks.as_flattened()[bucket], buckets.thresholds.as_flattened()[bucket]);
+        bucket_rank.to_bits() as usize + usize::from(x > threshold)
+    };
+    let check = |thresholds: &Thresholds, buckets: &Buckets, x: f32| {
+        assert_eq!(rank(buckets, x), thresholds.iter().filter(|t| x > **t).count(), "{x:e}");
+    };
+    // From -1 to 1, and the roundings of a quotient beyond.
+    let grid = (-100_000..=100_000).map(|i| i as f32 / 100_000.0).chain([1.0_f32.next_up(), (-1.0_f32).next_down()]);
+    let thresholds = nf4::THRESHOLDS.into_iter().chain(fp4::THRESHOLDS).filter(|t| t.is_finite());
+    for x in thresholds.flat_map(|t| [t.next_down(), t, t.next_up()]).chain(grid) {
+        check(&nf4::THRESHOLDS, &nf4::BUCKETS, x);
+        check(&fp4::THRESHOLDS, &fp4::BUCKETS, x.abs());
+    }
+}
+
+struct EncodeLanes<'a>(&'a [f32; LANES]);
+
+impl Op for EncodeLanes<'_> {
+    type Output = [u8; LANES];
+    fn eval<I: Isa>(self, isa: I) -> [u8; LANES] {
+        isa.vectorize(
+            #[inline(always)]
+            || isa.low_bytes(dynamic8::map().encode_lanes(isa, isa.load(self.0))),
+        )
+    }
+}
+
+#[test]
+fn dynamic8_encodes_sixteen_values_as_it_encodes_each() {
+    let map = dynamic8::map();
+    let midpoints = map.values.windows(2).map(|pair| f32::midpoint(pair[0], pair[1]));
+    let around = midpoints.flat_map(|m| [m.next_down().next_down(), m.next_down(), m, m.next_up()]);
+    let powers = (0..150).map(|i| 0.5_f32.powi(i)).flat_map(|v| [v, -v, 1.3 * v, -1.3 * v]);
+    let edges = [0.0, -0.0, 1.0_f32.next_up(), (-1.0_f32).next_down(), f32::MIN_POSITIVE];
+    let mut all: Vec<f32> = around.chain(powers).chain(map.values).chain(edges).collect();
+    all.resize(all.len().next_multiple_of(LANES), 0.5);
+    for values in all.as_chunks().0 {
+        for isa in IsaKind::available() {
+            assert_eq!(isa.run(EncodeLanes(values)), values.map(|v| map.encode(v)), "{} {values:?}", isa.name());
+        }
     }
 }
