@@ -71,10 +71,7 @@ fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s
         return;
     }
     match problem.weight.whole_blocks() {
-        Some(packed)
-            if (gemv::IN_REGISTERS + 1..=FEW_ROWS)
-                .contains(&problem.rows) =>
-        {
+        Some(packed) if (gemv::IN_REGISTERS + 1..=FEW_ROWS).contains(&problem.rows) => {
             few_rows::forward(exec, problem, packed, x, y, s);
         }
         _ if problem.rows <= gemv::MOST_ROWS => gemv::forward(exec, problem, x, y, s),

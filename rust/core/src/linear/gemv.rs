@@ -57,7 +57,9 @@ impl<E: Element> Op for Forward<'_, E> {
         let source = Source::plain(self.x, k);
         let s = self.problem.lora.map(|lora| {
             let mut s = low_rank_input(isa, threads, lora, &source, m, self.s);
-            s.iter_mut().for_each(|value| *value *= lora.scaling);
+            for value in &mut s {
+                *value *= lora.scaling;
+            }
             s
         });
         let whole = weight.whole_blocks().filter(|_| m <= IN_REGISTERS);
@@ -239,8 +241,8 @@ impl Operands<'_> {
             row_scales[r] = &scales[r * (scales.len() / R)..][..scales.len() / R];
         }
         let mut x: [&[[[f32; LANES]; NIBBLES]]; M] = [&[]; M];
-        for m in 0..M {
-            x[m] = self.x[m * (self.x.len() / M)..][..self.x.len() / M].as_chunks().0.as_chunks().0;
+        for (m, x) in x.iter_mut().enumerate() {
+            *x = self.x[m * (self.x.len() / M)..][..self.x.len() / M].as_chunks().0.as_chunks().0;
         }
         let mut sums = [[isa.splat(0.0); R]; M];
         for group in 0..k.div_ceil(GROUP) {

@@ -210,7 +210,7 @@ impl Op for Words<'_> {
                     for index in isa.word_nibbles(words) {
                         let mut lanes = [0.0; LANES];
                         isa.store(isa.lookup(isa.table(&entries), index), &mut lanes);
-                        out.extend(lanes.map(|v| v as u32));
+                        out.extend(lanes.map(|v| (v as i32).cast_unsigned()));
                     }
                 }
                 out
@@ -224,7 +224,7 @@ impl Op for Words<'_> {
 fn words_of_codes_are_nibbles_in_storage_order() {
     for stride in [16, 19, 48] {
         let bytes: Vec<u8> = (0..15 * stride + 16).map(|i| (i * 37 + i / 7) as u8).collect();
-        let nibble = |i: usize| u32::from(if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 });
+        let nibble = |i: usize| u32::from(if i.is_multiple_of(2) { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 });
         // Lane i of vector v is nibble v of word i; then of word w of row i, for each of four.
         let mut expected: Vec<u32> = (0..8 * LANES).map(|at| nibble(at % LANES * 8 + at / LANES)).collect();
         for word in 0..4 {
