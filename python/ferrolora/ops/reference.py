@@ -132,12 +132,13 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, block_size: int, dtype: 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`round_half_even(x * (127 / absmax(row)))` int8 `[N, K]` and absmax float32 `[N]`; a zero row gives zeros.
 
-    In a row so small that 127 / absmax overflows, 0 gives 0 and everything else the largest code of its sign.
+    A row so small that 127 / absmax overflows is first multiplied by 2^64, which rounds nothing.
     """
     rows = x.detach().float()
     scb = rows.abs().amax(dim=1)
-    codes = torch.round(rows * (127.0 / scb).unsqueeze(1))
-    return codes.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8), scb
+    lift = torch.where(torch.isinf(127.0 / scb), 2.0**64, 1.0)
+    codes = torch.round(rows * lift.unsqueeze(1) * (127.0 / (scb * lift)).unsqueeze(1))
+    return codes.nan_to_num(nan=0.0).to(torch.int8), scb
 
 
 def dequantize_int8(codes: Tensor, scb: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
