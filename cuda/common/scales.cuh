@@ -1,0 +1,33 @@
+// The scale of a block: stored as float32, or in 8 bits with a scale for 256 of them and one offset.
+#pragma once
+#include "codebook.cuh"
+
+constexpr int NESTED_BLOCK_SIZE = 256;
+
+FL_DEVICE float dynamic8(u32 code) { return as_float(DYNAMIC8_VALUES[code]); }
+
+template <bool Nested> class Scales;
+
+template <> class Scales<false> {
+public:
+    FL_DEVICE Scales(const void* absmax, const float*, const float*) : absmax_(static_cast<const float*>(absmax)) {}
+    FL_DEVICE float at(i64 block) const { return load(absmax_ + block); }
+
+private:
+    const float* absmax_;
+};
+
+template <> class Scales<true> {
+public:
+    FL_DEVICE Scales(const void* absmax, const float* nested, const float* offset)
+        : codes_(static_cast<const u8*>(absmax)), nested_(nested), offset_(load(offset)) {}
+    // Two roundings, as every reader of the format does: not a fused multiply-add.
+    FL_DEVICE float at(i64 block) const {
+        return add_rn(mul_rn(dynamic8(load(codes_ + block)), load(nested_ + block / NESTED_BLOCK_SIZE)), offset_);
+    }
+
+private:
+    const u8* codes_;
+    const float* nested_;
+    float offset_;
+};

@@ -1,0 +1,124 @@
+// Codes and scales to floats: table[code] · absmax, rounded once.
+#include "common/decode.cuh"
+#include "common/scales.cuh"
+#include "common/vec.cuh"
+
+using Type = FL_TYPE;
+constexpr int THREADS = 256;
+constexpr int CHUNKS = 4; // eight values each; a warp's stores of one chunk are contiguous, four loads are in flight
+
+// 1 / 127 in float32: decoding int8 multiplies by it, as the format's other readers do.
+constexpr float INVERSE_127 = 7.874016e-3f;
+
+#ifdef FL_CODEC
+using Codec = FL_CODEC;
+
+// Values index … index + 7, of which `count` exist. `index` is a multiple of 8, so they lie in one block.
+FL_DEVICE void decode_chunk(const u8* codes, const Scales<FL_NESTED>& scales, i64 index, i64 count, float (&out)[8]) {
+    u32 word = 0;
+    if (count >= 8) {
+        word = load(reinterpret_cast<const u32*>(codes + index / 2));
+    } else {
+        for (int i = 0; i < (count + 1) / 2; ++i) word |= static_cast<u32>(load(codes + index / 2 + i)) << (8 * i);
+    }
+    const float scale = scales.at(index / FL_BLOCK_SIZE);
+    decode8<Codec>(word, out);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] *= scale;
+}
+
+// out [numel]
+FL_KERNEL(THREADS)
+dequantize_4bit(const u8* __restrict__ codes, const void* __restrict__ absmax, const float* __restrict__ nested,
+                const float* __restrict__ offset, Type* __restrict__ out, i64 numel) {
+    const Scales<FL_NESTED> scales(absmax, nested, offset);
+    const i64 first = (static_cast<i64>(block_x()) * CHUNKS * THREADS + thread_x()) * 8;
+    if (first + (CHUNKS - 1) * THREADS * 8 + 8 <= numel) {
+        float values[CHUNKS][8];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) decode_chunk(codes, scales, first + i * THREADS * 8, 8, values[i]);
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) store8(out + first + i * THREADS * 8, values[i]);
+        return;
+    }
+    for (int i = 0; i < CHUNKS; ++i) {
+        const i64 index = first + i * THREADS * 8;
+        if (index >= numel) return;
+        float values[8];
+        decode_chunk(codes, scales, index, numel - index, values);
+        store8_tail(out + index, numel - index, values);
+    }
+}
+
+constexpr int TILE = 64;
+constexpr int STRIDE = TILE + 4 / static_cast<int>(sizeof(Type)); // an odd number of words: columns fall into all banks
+
+// Sixteen values of row `row` from column `col`, wherever they lie in bytes and blocks.
+FL_DEVICE void decode_run(const u8* codes, const Scales<FL_NESTED>& scales, i64 row, i64 col, i64 k, float* out) {
+    const i64 index = row * k + col;
+    if (index % 8 == 0 && col + 16 <= k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float values[8];
+            decode_chunk(codes, scales, index + 8 * half, 8, values);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[8 * half + i] = values[i];
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        out[i] = col + i < k ? decode_at<Codec>(codes, index + i) * scales.at((index + i) / FL_BLOCK_SIZE) : 0.0f;
+}
+
+// out [K, N] of a weight [N, K]
+FL_KERNEL(THREADS)
+dequantize_4bit_transposed(const u8* __restrict__ codes, const void* __restrict__ absmax,
+                           const float* __restrict__ nested, const float* __restrict__ offset, Type* __restrict__ out,
+                           i64 n, i64 k) {
+    FL_SHARED(Type, tile, TILE * STRIDE); // [k][n]
+    const Scales<FL_NESTED> scales(absmax, nested, offset);
+    const i64 first_k = static_cast<i64>(block_x()) * TILE, first_n = static_cast<i64>(block_y()) * TILE;
+    const int row = thread_x() / 4, part = thread_x() % 4 * 16;
+    float values[16] = {};
+    if (first_n + row < n) decode_run(codes, scales, first_n + row, first_k + part, k, values);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) store(tile + (part + i) * STRIDE + row, from_float<Type>(values[i]));
+    block_barrier();
+    for (int chunk = thread_x(); chunk < TILE * TILE / 8; chunk += THREADS) {
+        const i64 out_row = first_k + chunk / 8, col = first_n + chunk % 8 * 8;
+        if (out_row >= k || col >= n) continue;
+        const Type* from = tile + chunk / 8 * STRIDE + chunk % 8 * 8;
+        float line[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) line[i] = to_float(load(from + i));
+        if (n % 8 == 0) store8(out + out_row * n + col, line);
+        else store8_tail(out + out_row * n + col, n - col, line);
+    }
+}
+#else
+
+// out [rows, cols]: code · SCB / 127
+FL_KERNEL(THREADS)
+dequantize_int8(const i8* __restrict__ codes, const float* __restrict__ scb, Type* __restrict__ out, i64 rows,
+                i64 cols) {
+    const i64 first = (static_cast<i64>(block_x()) * CHUNKS * THREADS + thread_x()) * 8;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+        const i64 index = first + i * THREADS * 8, count = rows * cols - index;
+        if (count <= 0) return;
+        i64 row = index / cols, col = index % cols;
+        Vec<i8, 8> bytes{};
+        if (count >= 8) bytes = load(reinterpret_cast<const Vec<i8, 8>*>(codes + index));
+        else
+            for (int j = 0; j < count; ++j) bytes.at[j] = load(codes + index + j);
+        float scale = load(scb + row), values[8];
+        for (int j = 0; j < 8 && j < count; ++j, ++col) {
+            if (col == cols) scale = load(scb + ++row), col = 0;
+            values[j] = static_cast<float>(bytes.at[j]) * scale * INVERSE_127;
+        }
+        if (count >= 8) store8(out + index, values);
+        else store8_tail(out + index, count, values);
+    }
+}
+#endif
