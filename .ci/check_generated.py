@@ -36,11 +36,18 @@ ORACLE = {
     "tests/golden/bitsandbytes_rule.py": "the independent definition that the code is held to",
     "python/ferrolora/ops/reference.py": "the readable twin; the parity tests hold it to the native table bit for bit",
 }
+GENERATED = {"cuda/common/codebook.cuh": "written by make_codebook.py; `stale_outputs` compares"}
 CONSTANTS = [
-    Constant("NF4 table", r"0\.69619|bf3239b1", "rust/core/src/codec/codebook/nf4.rs", ORACLE),
+    Constant("NF4 table", r"0\.69619|bf3239b1", "rust/core/src/codec/codebook/nf4.rs", {**ORACLE, **GENERATED}),
     Constant("FP4 thresholds", r"0\.0859375", "rust/core/src/codec/codebook/fp4.rs", ORACLE),
     Constant("version", r'"0\.1\.0"', "Cargo.toml", {"pyproject.toml": "pin of a test dependency, not ours"}),
 ]
+
+GENERATORS = {
+    "golden vectors": "tests/golden/make_golden.py",
+    "benchmark report": "benches/report.py",
+    "CUDA code tables": ".ci/make_codebook.py",
+}
 
 
 def tracked(suffixes: set[str]) -> Iterator[Path]:
@@ -89,24 +96,17 @@ def stale_constraints() -> Iterator[str]:
             yield f".ci/constraints.txt: {requirement} is pinned to {pin or 'nothing'}; run `just constraints`"
 
 
-def stale_golden_vectors() -> Iterator[str]:
-    """A message if the golden vectors are not what their script writes."""
-    command = [sys.executable, "tests/golden/make_golden.py", "--check"]
-    finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if finished.returncode:
-        yield f"golden vectors: {finished.stderr.strip()}"
-
-
-def stale_report() -> Iterator[str]:
-    """A message for each page, chart or README figure that the committed results do not give."""
-    command = [sys.executable, "benches/report.py", "--check"]
-    finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if finished.returncode:
-        yield f"benchmark report: {finished.stderr.strip()}"
+def stale_outputs() -> Iterator[str]:
+    """A message for each file that is not what its generator writes now."""
+    for what, script in GENERATORS.items():
+        command = [sys.executable, script, "--check"]
+        finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        if finished.returncode:
+            yield f"{what}: {finished.stderr.strip()}"
 
 
 def main() -> int:
-    errors = [*second_definitions(), *stale_constraints(), *stale_golden_vectors(), *stale_report()]
+    errors = [*second_definitions(), *stale_constraints(), *stale_outputs()]
     print("\n".join(errors) if errors else f"generated copies: current; {len(CONSTANTS)} constants with one definition")
     return 1 if errors else 0
 

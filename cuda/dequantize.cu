@@ -109,12 +109,17 @@ dequantize_int8(const i8* __restrict__ codes, const float* __restrict__ scb, Typ
         if (count <= 0) return;
         i64 row = index / cols, col = index % cols;
         Vec<i8, 8> bytes{};
-        if (count >= 8) bytes = load(reinterpret_cast<const Vec<i8, 8>*>(codes + index));
-        else
-            for (int j = 0; j < count; ++j) bytes.at[j] = load(codes + index + j);
+        if (count >= 8) {
+            bytes = load(reinterpret_cast<const Vec<i8, 8>*>(codes + index));
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                if (j < count) bytes.at[j] = load(codes + index + j);
+        }
         float scale = load(scb + row), values[8];
-        for (int j = 0; j < 8 && j < count; ++j, ++col) {
-            if (col == cols) scale = load(scb + ++row), col = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j, ++col) {
+            if (col == cols && j < count) scale = load(scb + ++row), col = 0;
             values[j] = static_cast<float>(bytes.at[j]) * scale * INVERSE_127;
         }
         if (count >= 8) store8(out + index, values);
