@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-from ferrolora import QuantSpec, QuantTensor, quantize
 from torch import Tensor
+
+from ferrolora import QuantSpec, QuantTensor, quantize
 
 TYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SIXTEEN_BIT = ["half", "bf16"]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from ferrolora import QuantSpec, QuantTensor, quantize
 from kernels.emulator import Kernel, Out
 from kernels.problem import TYPES, ceil_div, codec_constants, nan, parts, weight
-from torch import Tensor
 
 # The last is a whole block of threads and a tail that ends within a byte.
 SHAPES = [(1, 1), (3, 37), (70, 131), (64, 128), (9, 1001)]

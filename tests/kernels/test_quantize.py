@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from ferrolora import QuantSpec, quantize
 from kernels.emulator import Kernel, Out
 from kernels.problem import TYPES, ceil_div
-from torch import Tensor
 
 NUMELS = [1, 63, 64, 2048, 5001]
 
