@@ -7,9 +7,6 @@ using Type = FL_TYPE;
 constexpr int THREADS = 256;
 constexpr int CHUNKS = 4; // eight values each; a warp's stores of one chunk are contiguous, four loads are in flight
 
-// 1 / 127 in float32: decoding int8 multiplies by it, as the format's other readers do.
-constexpr float INVERSE_127 = 7.874016e-3f;
-
 #ifdef FL_CODEC
 using Codec = FL_CODEC;
 
@@ -120,7 +117,7 @@ dequantize_int8(const i8* __restrict__ codes, const float* __restrict__ scb, Typ
 #pragma unroll
         for (int j = 0; j < 8; ++j, ++col) {
             if (col == cols && j < count) scale = load(scb + ++row), col = 0;
-            values[j] = static_cast<float>(bytes.at[j]) * scale * INVERSE_127;
+            values[j] = int8_value(bytes.at[j], scale);
         }
         if (count >= 8) store8(out + index, values);
         else store8_tail(out + index, count, values);

@@ -6,6 +6,9 @@ constexpr int NESTED_BLOCK_SIZE = 256;
 
 FL_DEVICE float dynamic8(u32 code) { return as_float(DYNAMIC8_VALUES[code]); }
 
+// An int8 weight: code · SCB / 127, with 1 / 127 in float32, as the format's other readers decode it.
+FL_DEVICE float int8_value(i8 code, float scb) { return static_cast<float>(code) * scb * 7.874016e-3f; }
+
 template <bool Nested> class Scales;
 
 template <> class Scales<false> {

@@ -1,4 +1,4 @@
-"""Each wrapper of ptx.cuh does in the emulator what the PTX manual says, written here a second time, element by element."""
+"""Each wrapper of ptx.cuh does in the emulator what the PTX manual says, written here once more, element by element."""
 
 import functools
 

@@ -19,7 +19,7 @@ MISUSES = {
     "misuse_shared": "out of bounds: write of 4 bytes at offset 128 of a shared array, which has 128",
     "misuse_alignment": "misaligned: read of 8 bytes at offset",
     "misuse_pointer": "followed a pointer without a wrapper",
-    "misuse_null": "no pointer of this launch",
+    "misuse_null": "read of 4 bytes at .*, which is no pointer of this launch",
     "misuse_divergence": "divergent collective: it waits .*, thread .* does not",
     "misuse_branch": "divergent collective: it waits .*, thread .* does not",
     "misuse_kinds": "divergent collective: it waits .*, thread .* does not",
