@@ -27,6 +27,12 @@ FL_DEVICE void load_tile(const Matrix& matrix, i64 first, i64 d, float* tile) {
     }
 }
 
+// Room for a tile of each operand.
+FL_DEVICE float* operand_tiles() {
+    FL_SHARED(float, tiles, 2 * FMA_DEPTH * FMA_STRIDE);
+    return tiles;
+}
+
 // The block's tile of C.
 struct FmaTile {
     float sums[4][4] = {};
@@ -38,8 +44,8 @@ struct FmaTile {
 
     // Adds the product over depth [32 · share.first, 32 · share.last).
     template <Layout LA, Layout LB, class A, class B> FL_DEVICE void accumulate(const A& a, const B& b, Share share) {
-        FL_SHARED(float, tile_a, FMA_DEPTH * FMA_STRIDE);
-        FL_SHARED(float, tile_b, FMA_DEPTH * FMA_STRIDE);
+        float* tile_a = operand_tiles();
+        float* tile_b = tile_a + FMA_DEPTH * FMA_STRIDE;
         const float* mine_a = tile_a + thread_x() / 16 * 4;
         const float* mine_b = tile_b + thread_x() % 16 * 4;
         for (int step = share.first; step < share.last; ++step) {

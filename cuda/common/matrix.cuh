@@ -73,7 +73,7 @@ template <class Codec, int BlockSize, bool Nested> struct Weight {
 
 // The weight in int8: code · SCB / 127.
 struct int8;
-template <> struct Weight<int8, 0, false> {
+template <int BlockSize> struct Weight<int8, BlockSize, false> {
     const i8* codes;
     const float* scb;
     i64 lines, width;

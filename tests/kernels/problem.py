@@ -10,8 +10,8 @@ from ferrolora import QuantSpec, QuantTensor, quantize
 
 TYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SIXTEEN_BIT = ["half", "bf16"]
-# Half of the distance between neighbours, relative: the largest rounding error of the type.
-ROUNDING = {"float": 2.0**-24, "half": 2.0**-11, "bf16": 2.0**-8 / 2}
+# The largest relative error of rounding to the type: 24, 11 and 8 bits of significand.
+ROUNDING = {"float": 2.0**-24, "half": 2.0**-11, "bf16": 2.0**-8}
 
 
 def ceil_div(a: int, b: int) -> int:
