@@ -50,6 +50,10 @@ bench:
     {{ python }} -m ferrolora bench --suite train --threads 2 --json benches/results/bench-train.json --overwrite
     {{ python }} benches/report.py
 
+# the Rust kernels by themselves, on every instruction set; arguments are parts of names
+bench-rust *arguments:
+    cargo bench --quiet --package ferrolora-core --benches -- {{ arguments }}
+
 # the golden vectors, from bitsandbytes
 golden:
     {{ python }} tests/golden/make_golden.py

@@ -94,7 +94,7 @@ impl<E: Element> Op for Forward<'_, E> {
         let Self { problem, packed, .. } = self;
         let m = problem.rows;
         let (n, k) = (problem.weight.out_features(), problem.weight.in_features());
-        let threads = self.exec.threads_for(m * n * k / 16);
+        let threads = self.exec.threads_for(self.problem.operations());
         let passes = Passes::new::<I>(m);
         let source = Source::plain(self.x, k);
         let s = problem.lora.map(|lora| low_rank_input(isa, threads, lora, &source, m, self.s)).unwrap_or_default();

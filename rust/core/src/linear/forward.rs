@@ -31,30 +31,71 @@ pub fn forward(
     y: FloatsMut<'_>,
     s: Option<FloatsMut<'_>>,
 ) -> Result<()> {
-    check_matrix("x", (rows, weight.in_features()), x.len())?;
-    check_matrix("y", (rows, weight.out_features()), y.len())?;
-    if let Some(bias) = bias {
-        check_len("bias", weight.out_features(), bias.len())?;
+    forward_group(exec, rows, x, vec![Sibling { weight, bias, lora, y, s }])
+}
+
+/// One of the linears that [`forward_group`] applies to x.
+#[derive(Debug)]
+pub struct Sibling<'a> {
+    /// W `[N, K]`.
+    pub weight: &'a Weight<'a>,
+    /// `[N]`
+    pub bias: Option<Floats<'a>>,
+    /// The low-rank branch.
+    pub lora: Option<&'a LowRank<'a>>,
+    /// `[rows, N]`, overwritten.
+    pub y: FloatsMut<'a>,
+    /// `[rows, r]`, overwritten.
+    pub s: Option<FloatsMut<'a>>,
+}
+
+impl Sibling<'_> {
+    fn check(&self, rows: usize, x: Floats<'_>) -> Result<()> {
+        check_matrix("x", (rows, self.weight.in_features()), x.len())?;
+        check_matrix("y", (rows, self.weight.out_features()), self.y.len())?;
+        if let Some(bias) = self.bias {
+            check_len("bias", self.weight.out_features(), bias.len())?;
+        }
+        if let Some(lora) = self.lora {
+            lora.check(self.weight)?;
+        }
+        match &self.s {
+            Some(s) => check_matrix("s", (rows, self.lora.map_or(0, LowRank::rank)), s.len()),
+            None => Ok(()),
+        }
     }
-    if let Some(lora) = lora {
-        lora.check(weight)?;
+}
+
+/// [`forward`] of several linears of one x, which is packed once where a kernel packs it. The results are those of
+/// [`forward`], bit for bit.
+///
+/// # Errors
+/// Those of [`forward`].
+pub fn forward_group(exec: &Exec, rows: usize, x: Floats<'_>, siblings: Vec<Sibling<'_>>) -> Result<()> {
+    for sibling in &siblings {
+        sibling.check(rows, x)?;
     }
-    if let Some(s) = &s {
-        check_matrix("s", (rows, lora.map_or(0, LowRank::rank)), s.len())?;
-    }
-    let bias = bias.map(|b| b.widened());
-    let problem = Problem { rows, weight, bias: bias.as_deref(), lora };
+    let Some(cols) = siblings.first().map(|sibling| sibling.weight.in_features()) else { return Ok(()) };
+    let biases: Vec<_> = siblings.iter().map(|sibling| sibling.bias.map(|bias| bias.widened())).collect();
     if let (Floats::Bf16(x), true) = (x, exec.isa.has_dots()) {
-        let y = like_mut(x, "x", "y", y)?;
-        let s = s.map(|s| like_mut(x, "x", "s", s)).transpose()?.unwrap_or_default();
-        exec.isa.run_dots(bf16::Forward { exec, problem: &problem, x, y, s });
+        let mut members = Vec::with_capacity(siblings.len());
+        for (sibling, bias) in siblings.into_iter().zip(&biases) {
+            let problem = Problem { rows, weight: sibling.weight, bias: bias.as_deref(), lora: sibling.lora };
+            let y = like_mut(x, "x", "y", sibling.y)?;
+            let s = sibling.s.map(|s| like_mut(x, "x", "s", s)).transpose()?.unwrap_or_default();
+            members.push(bf16::ForwardMember { problem, y, s });
+        }
+        exec.isa.run_dots(bf16::Forward { exec, rows, cols, x, members });
         return Ok(());
     }
-    with_floats!(Floats, x, x => {
-        let y = like_mut(x, "x", "y", y)?;
-        let s = s.map(|s| like_mut(x, "x", "s", s)).transpose()?;
-        typed(exec, &problem, x, y, s);
-    });
+    for (sibling, bias) in siblings.into_iter().zip(&biases) {
+        let problem = Problem { rows, weight: sibling.weight, bias: bias.as_deref(), lora: sibling.lora };
+        with_floats!(Floats, x, x => {
+            let y = like_mut(x, "x", "y", sibling.y)?;
+            let s = sibling.s.map(|s| like_mut(x, "x", "s", s)).transpose()?;
+            typed(exec, &problem, x, y, s);
+        });
+    }
     Ok(())
 }
 
@@ -64,6 +105,14 @@ pub(super) struct Problem<'a> {
     pub(super) weight: &'a Weight<'a>,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) lora: Option<&'a LowRank<'a>>,
+}
+
+impl Problem<'_> {
+    /// Scalar operations of about the time that few rows take: a decoded value is about two, its multiply-add with a
+    /// row of x a half.
+    pub(super) fn operations(&self) -> usize {
+        self.weight.out_features() * self.weight.in_features() * (2 + self.rows / 2)
+    }
 }
 
 fn typed<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s: Option<&mut [E]>) {

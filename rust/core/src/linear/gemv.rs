@@ -53,7 +53,7 @@ impl<E: Element> Op for Forward<'_, E> {
     fn eval<I: Isa>(self, isa: I) {
         let (m, weight) = (self.problem.rows, self.problem.weight);
         let (n, k) = (weight.out_features(), weight.in_features());
-        let threads = self.exec.threads_for(m * n * k / 4);
+        let threads = self.exec.threads_for(self.problem.operations());
         let source = Source::plain(self.x, k);
         let s = self.problem.lora.map(|lora| {
             let mut s = low_rank_input(isa, threads, lora, &source, m, self.s);

@@ -14,7 +14,9 @@
 //! | `few_rows` | forward for few rows of whole blocks |
 //! | `gemv` | forward for one or two rows, and few rows of anything else |
 //! | `low_rank_input` | `drop(x)·Aᵀ` for both |
-//! | `backward` | dX |
+//! | `backward` | the checks of backward |
+//! | `input_gradient` | dX |
+//! | `low_rank_output` | dS |
 //! | `bf16` | all of it on bfloat16 activations, where the machine multiplies them directly |
 //! | `low_rank_gradients` | dA and dB, by `reduce` |
 //! | `reduce` | products that sum over rows |
@@ -30,9 +32,11 @@ mod few_rows;
 mod forward;
 mod gemm;
 mod gemv;
+mod input_gradient;
 mod lora;
 mod low_rank_gradients;
 mod low_rank_input;
+mod low_rank_output;
 mod panel;
 mod reduce;
 mod row_scales;
@@ -40,8 +44,8 @@ mod scratch;
 mod tile;
 mod weight;
 
-pub use backward::{Gradients, backward};
-pub use forward::forward;
+pub use backward::{Gradients, OutputGradient, backward, backward_group};
+pub use forward::{Sibling, forward, forward_group};
 pub use lora::{Dropout, LowRank};
 pub use low_rank_gradients::LoraGradients;
 pub use weight::Weight;

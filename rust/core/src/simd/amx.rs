@@ -117,12 +117,15 @@ impl Dots for Amx {
     }
 
     #[inline(always)]
-    fn multiply(self, left: &[bf16], stride: usize, panel: &[bf16], width: usize, acc: &mut [f32]) {
+    fn multiply(self, left: &[bf16], stride: usize, panel: &[bf16], width: usize, acc: &mut [f32], add: bool) {
         let steps = panel.len() / (width * STEP);
         assert!(width == SIDE || width == TILE, "a panel is one or two tiles wide");
         assert!(panel.len() == steps * width * STEP && acc.len() == SIDE * width, "whole steps");
         assert!(stride >= steps * STEP && left.len() >= SIDE * stride, "the sliver has the panel's depth");
         if steps == 0 {
+            if !add {
+                acc.fill(0.0);
+            }
             return;
         }
         // SAFETY: `Amx` proves the instructions, and the caller is inside `prepared`, which gave every tile
@@ -131,9 +134,9 @@ impl Dots for Amx {
         // writes of `acc`: all of it. The assertions above hold those ranges inside the slices.
         unsafe {
             if width == SIDE {
-                multiply_wide(steps, left.as_ptr(), stride, panel.as_ptr(), acc.as_mut_ptr());
+                multiply_wide(steps, left.as_ptr(), stride, panel.as_ptr(), acc.as_mut_ptr(), add);
             } else {
-                multiply_narrow(steps, left.as_ptr(), stride, panel.as_ptr(), acc.as_mut_ptr());
+                multiply_narrow(steps, left.as_ptr(), stride, panel.as_ptr(), acc.as_mut_ptr(), add);
             }
         }
     }
@@ -141,17 +144,25 @@ impl Dots for Amx {
 
 /// Four tiles of sums: 32 rows and 32 columns.
 #[inline(always)]
-unsafe fn multiply_wide(steps: usize, left: *const bf16, stride: usize, panel: *const bf16, acc: *mut f32) {
+unsafe fn multiply_wide(steps: usize, left: *const bf16, stride: usize, panel: *const bf16, acc: *mut f32, add: bool) {
     const ACC_ROW: usize = SIDE * size_of::<f32>();
     const PANEL_ROW: usize = SIDE * 2 * size_of::<bf16>();
     let left_stride = stride * size_of::<bf16>();
     // SAFETY: the caller's.
     unsafe {
         asm!(
+            "test {add:e}, {add:e}",
+            "jz 3f",
             "tileloadd tmm0, [{acc} + {s}]",
             "tileloadd tmm1, [{acc} + {s} + 64]",
             "tileloadd tmm2, [{acc_low} + {s}]",
             "tileloadd tmm3, [{acc_low} + {s} + 64]",
+            "jmp 2f",
+            "3:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
             "2:",
             "tileloadd tmm4, [{top} + {ls}]",
             "tileloadd tmm6, [{panel} + {s}]",
@@ -170,6 +181,7 @@ unsafe fn multiply_wide(steps: usize, left: *const bf16, stride: usize, panel: *
             "tilestored [{acc} + {s} + 64], tmm1",
             "tilestored [{acc_low} + {s}], tmm2",
             "tilestored [{acc_low} + {s} + 64], tmm3",
+            add = in(reg) u32::from(add),
             acc = in(reg) acc,
             acc_low = in(reg) acc.add(TILE * SIDE),
             s = in(reg) ACC_ROW,
@@ -186,14 +198,27 @@ unsafe fn multiply_wide(steps: usize, left: *const bf16, stride: usize, panel: *
 
 /// Two tiles of sums: 32 rows and 16 columns.
 #[inline(always)]
-unsafe fn multiply_narrow(steps: usize, left: *const bf16, stride: usize, panel: *const bf16, acc: *mut f32) {
+unsafe fn multiply_narrow(
+    steps: usize,
+    left: *const bf16,
+    stride: usize,
+    panel: *const bf16,
+    acc: *mut f32,
+    add: bool,
+) {
     const ROW: usize = TILE * size_of::<f32>();
     let left_stride = stride * size_of::<bf16>();
     // SAFETY: the caller's.
     unsafe {
         asm!(
+            "test {add:e}, {add:e}",
+            "jz 3f",
             "tileloadd tmm0, [{acc} + {s}]",
             "tileloadd tmm2, [{acc_low} + {s}]",
+            "jmp 2f",
+            "3:",
+            "tilezero tmm0",
+            "tilezero tmm2",
             "2:",
             "tileloadd tmm4, [{top} + {ls}]",
             "tileloadd tmm6, [{panel} + {s}]",
@@ -207,6 +232,7 @@ unsafe fn multiply_narrow(steps: usize, left: *const bf16, stride: usize, panel:
             "jnz 2b",
             "tilestored [{acc} + {s}], tmm0",
             "tilestored [{acc_low} + {s}], tmm2",
+            add = in(reg) u32::from(add),
             acc = in(reg) acc,
             acc_low = in(reg) acc.add(TILE * TILE),
             s = in(reg) ROW,

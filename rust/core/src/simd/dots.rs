@@ -28,9 +28,10 @@ pub trait Dots: Copy + Send + Sync + 'static {
     /// Runs `work` with the registers of [`Dots::multiply`] set up on this thread.
     fn prepared<R>(self, work: impl FnOnce() -> R) -> R;
 
-    /// Adds `left · panel` to `acc`, `[SIDE, width]` row-major; `width` is [`SIDE`] or half of it.
+    /// `left · panel` into `acc`, `[SIDE, width]` row-major, or added to it if `add`; `width` is [`SIDE`] or half
+    /// of it.
     ///
     /// `left` has [`SIDE`] rows of stride `stride`, of which the leading part of the panel's depth counts.
     /// Only inside [`Dots::prepared`].
-    fn multiply(self, left: &[bf16], stride: usize, panel: &[bf16], width: usize, acc: &mut [f32]);
+    fn multiply(self, left: &[bf16], stride: usize, panel: &[bf16], width: usize, acc: &mut [f32], add: bool);
 }

@@ -1,12 +1,13 @@
-//! Backward: `dS = scaling · dY·B` and `dX = dY·deq(W) + mask ⊙ (dS·A)`.
+//! Backward: `dS = scaling · dY·B` and `dX = Σ dY·deq(W) + mask ⊙ (dS·A)`, the sum over the members of a group.
 //!
-//! dY is the left operand of both. The weight is decoded along its rows, and two of them make a row of a
-//! panel, whose columns are columns of dX.
+//! dY is the left operand of both, and dS is more depth beside it. The weight is decoded along its rows, and two
+//! of them make a row of a panel, whose columns are columns of dX.
 
 use half::bf16;
 
 use super::gradients::compute;
-use super::operand::{DEPTH, SLIVER, STRIDE, Source, blocks, multiply, padded, row_panels, sliver, width_for};
+use super::low_rank_output::{LowRankOutput, pack_b};
+use super::operand::{DEPTH, SLIVER, STRIDE, Source, blocks, multiply, padded, parts, row_panels, sliver, width_for};
 use super::split;
 use crate::dtype::narrow;
 use crate::exec::Exec;
@@ -23,123 +24,141 @@ use crate::simd::{DotsOp, Isa};
 /// Rows of dY in slivers at a time.
 const CHUNK: usize = 512;
 
-/// A backward call.
+/// One of the linears of a call.
+pub(in crate::linear) struct Member<'a> {
+    pub(in crate::linear) dy: &'a [bf16],
+    pub(in crate::linear) weight: &'a Weight<'a>,
+    pub(in crate::linear) branch: Option<TypedGradients<'a, bf16>>,
+}
+
+impl Member<'_> {
+    fn lora(&self) -> Option<&LowRank<'_>> {
+        self.branch.as_ref().map(TypedGradients::lora)
+    }
+
+    fn rank(&self) -> usize {
+        self.lora().map_or(0, LowRank::rank)
+    }
+}
+
+/// A backward call: the members have the same `rows` and columns of x.
 pub(in crate::linear) struct Backward<'a> {
     pub(in crate::linear) exec: &'a Exec,
     pub(in crate::linear) rows: usize,
-    pub(in crate::linear) dy: &'a [bf16],
-    pub(in crate::linear) weight: &'a Weight<'a>,
+    pub(in crate::linear) cols: usize,
+    pub(in crate::linear) members: Vec<Member<'a>>,
     /// Empty if not asked for.
     pub(in crate::linear) dx: &'a mut [bf16],
-    pub(in crate::linear) branch: Option<TypedGradients<'a, bf16>>,
 }
 
 impl DotsOp for Backward<'_> {
     fn eval<D: Dots>(self, dots: D) {
-        let (n, k) = (self.weight.out_features(), self.weight.in_features());
-        let threads = self.exec.threads_for((self.rows + SIDE) * n * k / 64);
-        let lora = self.branch.as_ref().map(TypedGradients::lora);
-        let rank = lora.map_or(0, LowRank::rank);
-        let mut ds = vec![0.0_f32; self.rows * rank];
+        let k = self.cols;
+        let outputs: usize = self.members.iter().map(|member| member.weight.out_features()).sum();
+        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 64);
+        let mut ds: Vec<_> = self.members.iter().map(|member| vec![0.0_f32; self.rows * member.rank()]).collect();
+        let sizes: Vec<_> = self
+            .members
+            .iter()
+            .map(|member| padded(2 * member.rank()) * member.weight.out_features().next_multiple_of(STEP))
+            .collect();
         scratch::with_bf16(
-            padded(2 * rank) * n.next_multiple_of(STEP),
+            sizes.iter().sum(),
             #[inline(always)]
             |b_panels| {
-                if let Some(lora) = lora {
-                    pack_b(dots.base(), threads, lora, n, b_panels);
+                let mut b_panels = parts(b_panels, sizes.into_iter());
+                for (member, out) in self.members.iter().zip(&mut b_panels) {
+                    if let Some(lora) = member.lora() {
+                        pack_b(dots.base(), threads, lora, member.weight.out_features(), out);
+                    }
                 }
                 let mut dx = self.dx;
                 for first in (0..self.rows).step_by(CHUNK) {
                     let rows = CHUNK.min(self.rows - first);
                     let (dx_now, dx_after) = dx.split_at_mut((rows * k).min(dx.len()));
                     dx = dx_after;
-                    let ds = &mut ds[first * rank..][..rows * rank];
-                    let dy = Source::plain(&self.dy[first * n..][..rows * n], n);
-                    Chunk { threads, weight: self.weight, lora, first, rows, dy, b_panels }.eval(dots, ds, dx_now);
+                    let members = self.members.iter().zip(&mut ds).zip(&b_panels).map(|((member, ds), b_panels)| {
+                        let (n, rank) = (member.weight.out_features(), member.rank());
+                        let dy = Source::plain(&member.dy[first * n..][..rows * n], n);
+                        let ds = &mut ds[first * rank..][..rows * rank];
+                        Part { weight: member.weight, lora: member.lora(), dy, b_panels, ds }
+                    });
+                    Chunk { threads, first, rows, k }.eval(dots, members.collect(), dx_now);
                 }
             },
         );
-        if let Some(branch) = self.branch {
-            compute(dots, threads, self.rows, branch, &Source::plain(self.dy, n), &ds, k);
+        for (member, ds) in self.members.into_iter().zip(ds) {
+            if let Some(branch) = member.branch {
+                let dy = Source::plain(member.dy, member.weight.out_features());
+                compute(dots, threads, self.rows, branch, &dy, &ds, k);
+            }
         }
     }
 }
 
-/// B in panels, block after block of depth: columns of its leading parts, then of its trailing ones.
-fn pack_b<I: Isa>(isa: I, threads: usize, lora: &LowRank<'_>, n: usize, out: &mut [bf16]) {
-    let rank = lora.rank;
-    let tasks: Vec<_> = blocks(n).zip(out.chunks_mut((padded(2 * rank) * DEPTH).max(1))).collect();
-    parallel::for_each(threads, tasks, |((row, depth), out)| {
-        isa.vectorize(
-            #[inline(always)]
-            || {
-                row_panels(
-                    isa,
-                    (n - row, depth),
-                    2 * rank,
-                    out,
-                    #[inline(always)]
-                    |i, line| {
-                        let (high, low) = line.split_at_mut(rank);
-                        split::split(isa, &lora.b[(row + i) * rank..][..rank], high, low);
-                    },
-                );
-            },
-        );
-    });
-}
-
 /// Up to [`CHUNK`] rows from row `first`.
-struct Chunk<'a> {
+struct Chunk {
     threads: usize,
-    weight: &'a Weight<'a>,
-    lora: Option<&'a LowRank<'a>>,
     first: usize,
     rows: usize,
-    dy: Source<'a>,
-    b_panels: &'a [bf16],
+    k: usize,
 }
 
-impl Chunk<'_> {
-    fn eval<D: Dots>(&self, dots: D, ds: &mut [f32], dx: &mut [bf16]) {
-        let isa = dots.base();
-        let (n, k) = (self.weight.out_features(), self.weight.in_features());
-        let height = self.rows.next_multiple_of(SIDE);
+/// A member's part of a chunk.
+struct Part<'a> {
+    weight: &'a Weight<'a>,
+    lora: Option<&'a LowRank<'a>>,
+    dy: Source<'a>,
+    b_panels: &'a [bf16],
+    ds: &'a mut [f32],
+}
+
+impl Part<'_> {
+    /// Blocks of depth of dY, and of dS as pairs.
+    fn blocks(&self) -> (usize, usize) {
+        let depth = self.lora.map_or(0, |lora| split::depth(lora.rank));
+        (self.weight.out_features().div_ceil(DEPTH), depth.div_ceil(DEPTH))
+    }
+}
+
+/// A member whose left operands are ready: slivers of dY, block after block, and of dS.
+struct Ready<'a> {
+    weight: &'a Weight<'a>,
+    lora: Option<&'a LowRank<'a>>,
+    dy_slivers: &'a [bf16],
+    ds_slivers: &'a [bf16],
+}
+
+impl Chunk {
+    fn eval<D: Dots>(&self, dots: D, members: Vec<Part<'_>>, dx: &mut [bf16]) {
+        let block = self.block();
+        let sizes: Vec<_> = members.iter().map(|part| (part.blocks().0 + part.blocks().1) * block).collect();
         scratch::with_bf16(
-            n.div_ceil(DEPTH) * height * STRIDE,
+            sizes.iter().sum(),
             #[inline(always)]
-            |dy_slivers| {
-                let tasks: Vec<_> = blocks(n).zip(dy_slivers.chunks_mut(height * STRIDE)).collect();
-                parallel::for_each(self.threads, tasks, |((col, depth), out)| {
-                    isa.vectorize(
-                        #[inline(always)]
-                        || {
-                            sliver(
-                                self.rows,
-                                depth,
-                                out,
-                                #[inline(always)]
-                                |row, line| self.dy.read(row, col, line),
-                            );
-                        },
-                    );
-                });
-                if let Some(lora) = self.lora {
-                    self.low_rank_output(dots, lora, dy_slivers, ds);
+            |slivers| {
+                let mut ready = Vec::new();
+                for (part, slivers) in members.into_iter().zip(parts(slivers, sizes.into_iter())) {
+                    let (dy_slivers, ds_slivers) = slivers.split_at_mut(part.blocks().0 * block);
+                    self.pack_dy(dots.base(), &part.dy, dy_slivers);
+                    if let Some(lora) = part.lora {
+                        let output = LowRankOutput { threads: self.threads, lora, block, b_panels: part.b_panels };
+                        output.compute(dots, dy_slivers, part.ds, ds_slivers);
+                    }
+                    ready.push(Ready { weight: part.weight, lora: part.lora, dy_slivers, ds_slivers });
                 }
                 if dx.is_empty() {
                     return;
                 }
-                let width = columns_per_task(k);
-                let tasks: Vec<_> = split_columns(dx, k, width).into_iter().enumerate().collect();
-                let ds = &*ds;
+                let width = columns_per_task(self.k);
+                let tasks: Vec<_> = split_columns(dx, self.k, width).into_iter().enumerate().collect();
                 parallel::for_each(self.threads, tasks, |(i, dx)| {
-                    isa.vectorize(
+                    dots.base().vectorize(
                         #[inline(always)]
                         || {
                             dots.prepared(
                                 #[inline(always)]
-                                || self.columns(dots, i * width, dy_slivers, ds, dx),
+                                || self.columns(dots, i * width, &ready, dx),
                             );
                         },
                     );
@@ -148,38 +167,23 @@ impl Chunk<'_> {
         );
     }
 
-    /// `dS = scaling · dY·B`, `[rows, r]`.
-    fn low_rank_output<D: Dots>(&self, dots: D, lora: &LowRank<'_>, dy_slivers: &[bf16], ds: &mut [f32]) {
-        let (rank, n) = (lora.rank, self.weight.out_features());
-        let height = self.rows.next_multiple_of(SIDE);
-        let room = padded(2 * rank);
-        let tasks: Vec<_> = ds.chunks_mut((SIDE * rank).max(1)).enumerate().collect();
-        parallel::for_each(self.threads, tasks, |(i, ds)| {
-            dots.base().vectorize(
+    /// Elements of one block of depth in slivers.
+    fn block(&self) -> usize {
+        self.rows.next_multiple_of(SIDE) * STRIDE
+    }
+
+    fn pack_dy<I: Isa>(&self, isa: I, dy: &Source<'_>, out: &mut [bf16]) {
+        let tasks: Vec<_> = blocks(dy.cols).zip(out.chunks_mut(self.block())).collect();
+        parallel::for_each(self.threads, tasks, |((col, depth), out)| {
+            isa.vectorize(
                 #[inline(always)]
                 || {
-                    scratch::with(
-                        SIDE * room,
+                    sliver(
+                        self.rows,
+                        depth,
+                        out,
                         #[inline(always)]
-                        |tiles| {
-                            tiles.fill(0.0);
-                            dots.prepared(
-                                #[inline(always)]
-                                || {
-                                    for (block, (row, depth)) in blocks(n).enumerate() {
-                                        let left = &dy_slivers[block * height * STRIDE + i * SLIVER..][..SLIVER];
-                                        let panels = &self.b_panels[row * room..][..depth * room];
-                                        multiply(dots, (0, depth, depth), left, panels, 2 * rank, tiles);
-                                    }
-                                },
-                            );
-                            for (row, line) in ds.chunks_mut(rank).enumerate() {
-                                for (j, value) in line.iter_mut().enumerate() {
-                                    let part = |col| tiles[place(row, col, 2 * rank)];
-                                    *value = lora.scaling * (part(j) + part(rank + j));
-                                }
-                            }
-                        },
+                        |row, line| dy.read(row, col, line),
                     );
                 },
             );
@@ -188,38 +192,18 @@ impl Chunk<'_> {
 
     /// Columns of dX from `k0`: `dx[m]` is row m's part.
     #[inline(always)]
-    fn columns<D: Dots>(&self, dots: D, k0: usize, dy_slivers: &[bf16], ds: &[f32], mut dx: Vec<&mut [bf16]>) {
-        let n = self.weight.out_features();
-        let height = self.rows.next_multiple_of(SIDE);
+    fn columns<D: Dots>(&self, dots: D, k0: usize, members: &[Ready<'_>], mut dx: Vec<&mut [bf16]>) {
         let cols = dx.first().map_or(0, |row| row.len());
         let room = padded(cols);
         scratch::with(
-            height * room,
+            self.rows.next_multiple_of(SIDE) * room,
             #[inline(always)]
             |tiles| {
-                tiles.fill(0.0);
                 scratch::with_bf16(
                     DEPTH * COLUMNS,
                     #[inline(always)]
-                    |panels| {
-                        for ((row, depth), slivers) in blocks(n).zip(dy_slivers.chunks(height * STRIDE)) {
-                            row_panels(
-                                dots.base(),
-                                (n - row, depth),
-                                cols,
-                                panels,
-                                #[inline(always)]
-                                |i, line| self.weight.decode(dots.base(), row + i, k0, line),
-                            );
-                            for (left, tiles) in slivers.chunks(SLIVER).zip(tiles.chunks_mut(SIDE * room)) {
-                                multiply(dots, (0, depth, depth), left, panels, cols, tiles);
-                            }
-                        }
-                    },
+                    |panels| self.sum_of_products(dots, (k0, cols), members, panels, tiles),
                 );
-                if let Some(lora) = self.lora {
-                    self.add_low_rank(dots, lora, (k0, cols), ds, tiles);
-                }
                 for (row, line) in dx.iter_mut().enumerate() {
                     for first in (0..cols).step_by(SIDE) {
                         let count = SIDE.min(cols - first);
@@ -231,6 +215,45 @@ impl Chunk<'_> {
         );
     }
 
+    /// `Σ dY·deq(W) + mask ⊙ (dS·A)` over the members.
+    #[inline(always)]
+    fn sum_of_products<D: Dots>(
+        &self,
+        dots: D,
+        (k0, cols): (usize, usize),
+        members: &[Ready<'_>],
+        panels: &mut [bf16],
+        tiles: &mut [f32],
+    ) {
+        let (isa, room) = (dots.base(), padded(cols));
+        let mut add = false;
+        for member in members {
+            let n = member.weight.out_features();
+            for ((row, depth), slivers) in blocks(n).zip(member.dy_slivers.chunks(self.block())) {
+                row_panels(
+                    isa,
+                    (n - row, depth),
+                    cols,
+                    panels,
+                    #[inline(always)]
+                    |i, line| member.weight.decode(isa, row + i, k0, line),
+                );
+                for (left, tiles) in slivers.chunks(SLIVER).zip(tiles.chunks_mut(SIDE * room)) {
+                    multiply(dots, (0, depth, depth), left, panels, cols, tiles, add);
+                }
+                add = true;
+            }
+        }
+        if !add {
+            tiles.fill(0.0);
+        }
+        for member in members {
+            if let Some(lora) = member.lora.filter(|lora| lora.rank > 0) {
+                self.add_low_rank(dots, lora, (k0, cols), member.ds_slivers, tiles);
+            }
+        }
+    }
+
     /// Adds `mask ⊙ (dS·A)` to the tiles. Without dropout it is more depth of the same sums.
     #[inline(always)]
     fn add_low_rank<D: Dots>(
@@ -238,37 +261,26 @@ impl Chunk<'_> {
         dots: D,
         lora: &LowRank<'_>,
         (k0, cols): (usize, usize),
-        ds: &[f32],
+        ds_slivers: &[bf16],
         tiles: &mut [f32],
     ) {
-        let (isa, rank, room) = (dots.base(), lora.rank, padded(cols));
-        let height = split::depth(rank);
+        let room = padded(cols);
+        let height = split::depth(lora.rank);
         scratch::with_bf16(
-            height * room + SLIVER + height,
+            height * room,
             #[inline(always)]
-            |buffer| {
-                let (panels, rest) = buffer.split_at_mut(height * room);
-                let (left, line) = rest.split_at_mut(SLIVER);
-                pack_a_pairs(isa, lora, self.weight.in_features(), (k0, cols), panels);
+            |panels| {
+                pack_a_pairs(dots.base(), lora, self.k, (k0, cols), panels);
                 scratch::with(
                     SIDE * room,
                     #[inline(always)]
                     |branch| {
                         for (i, tiles) in tiles.chunks_mut(SIDE * room).enumerate() {
-                            branch.fill(0.0);
                             let target: &mut [f32] = if lora.dropout.is_some() { branch } else { tiles };
-                            for (from, depth) in blocks(height) {
-                                sliver(
-                                    self.rows - i * SIDE,
-                                    depth,
-                                    left,
-                                    #[inline(always)]
-                                    |row, out| {
-                                        split::doubled(isa, &ds[(i * SIDE + row) * rank..][..rank], line);
-                                        out.copy_from_slice(&line[from..][..depth]);
-                                    },
-                                );
-                                multiply(dots, (from, depth, height), left, panels, cols, target);
+                            for ((from, depth), slivers) in blocks(height).zip(ds_slivers.chunks(self.block())) {
+                                let left = &slivers[i * SLIVER..][..SLIVER];
+                                let add = lora.dropout.is_none() || from > 0;
+                                multiply(dots, (from, depth, height), left, panels, cols, target, add);
                             }
                             if let Some(dropout) = lora.dropout {
                                 mask(dropout, (self.first + i * SIDE, k0), cols, branch);

@@ -1,17 +1,19 @@
 //! Forward: `yᵀ = W·xᵀ`, so that the weight is decoded along its rows into slivers and x, which is small, is
-//! the operand in panels. The low-rank branch is more depth.
+//! the operand in panels. The low-rank branch is more depth. Members of a group share the panels of x.
 
 use half::bf16;
 
-use super::operand::{DEPTH, SLIVER, STRIDE, Source, blocks, multiply, padded, sliver, transposed_panels, width_for};
+use super::operand::{DEPTH, SLIVER, STRIDE, Source};
+use super::operand::{blocks, multiply, padded, parts, sliver, transposed_panels, width_for};
 use super::split;
+use super::store::store;
 use crate::exec::Exec;
 use crate::linear::forward::Problem;
 use crate::linear::lora::LowRank;
 use crate::linear::scratch;
 use crate::parallel::{self, split_columns};
 use crate::simd::dots::{Dots, SIDE, STEP};
-use crate::simd::{DotsOp, Isa, LANES};
+use crate::simd::{DotsOp, Isa};
 
 /// Rows of x in panels at a time: at one block of depth they fill part of the second-level cache.
 const CHUNK: usize = 512;
@@ -19,50 +21,69 @@ const CHUNK: usize = 512;
 /// Slivers of a task at the most: their decoded rows and their tiles stay in the second-level cache.
 const MOST_SLIVERS: usize = 8;
 
-/// Tasks to aim for, so that any small number of threads is evenly loaded.
+/// Tasks of a member to aim for, so that any small number of threads is evenly loaded.
 const TASKS: usize = 8;
 
-/// A forward call.
-pub(in crate::linear) struct Forward<'a> {
-    pub(in crate::linear) exec: &'a Exec,
-    pub(in crate::linear) problem: &'a Problem<'a>,
-    pub(in crate::linear) x: &'a [bf16],
+/// One of the linears of a call.
+pub(in crate::linear) struct Member<'a> {
+    pub(in crate::linear) problem: Problem<'a>,
     pub(in crate::linear) y: &'a mut [bf16],
     /// Empty if S is not asked for.
     pub(in crate::linear) s: &'a mut [bf16],
 }
 
+/// A forward call: the members have the same `rows` and columns of x.
+pub(in crate::linear) struct Forward<'a> {
+    pub(in crate::linear) exec: &'a Exec,
+    pub(in crate::linear) rows: usize,
+    pub(in crate::linear) cols: usize,
+    pub(in crate::linear) x: &'a [bf16],
+    pub(in crate::linear) members: Vec<Member<'a>>,
+}
+
+/// Rows of A's slivers: its leading parts, below them its trailing ones.
+fn a_rows(lora: Option<&LowRank<'_>>) -> usize {
+    lora.map_or(0, |lora| (2 * lora.rank).next_multiple_of(SIDE))
+}
+
 impl DotsOp for Forward<'_> {
     fn eval<D: Dots>(self, dots: D) {
-        let (n, k) = (self.problem.weight.out_features(), self.problem.weight.in_features());
-        let rank = self.problem.lora.map_or(0, LowRank::rank);
-        let threads = self.exec.threads_for((self.problem.rows + SIDE) * n * k / 64);
-        let a_rows = (2 * rank).next_multiple_of(SIDE);
+        let k = self.cols;
+        let outputs: usize = self.members.iter().map(|member| member.problem.weight.out_features()).sum();
+        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 64);
+        let sizes: Vec<_> =
+            self.members.iter().map(|member| k.div_ceil(DEPTH) * a_rows(member.problem.lora) * STRIDE).collect();
         scratch::with_bf16(
-            k.div_ceil(DEPTH) * a_rows * STRIDE,
+            sizes.iter().sum(),
             #[inline(always)]
             |a_slivers| {
-                if let Some(lora) = self.problem.lora {
-                    pack_a(dots.base(), threads, lora, k, a_slivers);
+                let mut a_slivers = parts(a_slivers, sizes.into_iter());
+                let mut members = self.members;
+                for (member, a_slivers) in members.iter().zip(&mut a_slivers) {
+                    if let Some(lora) = member.problem.lora {
+                        pack_a(dots.base(), threads, lora, k, a_slivers);
+                    }
                 }
-                let (mut y, mut s) = (self.y, self.s);
-                for first in (0..self.problem.rows).step_by(CHUNK) {
-                    let rows = CHUNK.min(self.problem.rows - first);
-                    let (y_now, y_after) = y.split_at_mut(rows * n);
-                    let (s_now, s_after) = s.split_at_mut((rows * rank).min(s.len()));
-                    (y, s) = (y_after, s_after);
+                for first in (0..self.rows).step_by(CHUNK) {
+                    let rows = CHUNK.min(self.rows - first);
                     let x = Source { first_row: first, ..Source::plain(&self.x[first * k..][..rows * k], k) };
-                    Chunk { threads, problem: self.problem, rows, x, a_slivers }.eval(dots, y_now, s_now);
+                    let parts = members.iter_mut().zip(&a_slivers).map(|(member, a_slivers)| {
+                        let Member { problem, y, s } = member;
+                        let rank = problem.lora.map_or(0, LowRank::rank);
+                        let y = y.split_off_mut(..rows * problem.weight.out_features()).expect("rows of y");
+                        let s = s.split_off_mut(..(rows * rank).min(s.len())).expect("rows of S");
+                        Part { problem, a_slivers, y, s }
+                    });
+                    Chunk { threads, rows, x }.eval(dots, parts.collect());
                 }
             },
         );
     }
 }
 
-/// A in slivers, block after block of depth: its leading parts, below them its trailing parts.
+/// A in slivers, block after block of depth.
 fn pack_a<I: Isa>(isa: I, threads: usize, lora: &LowRank<'_>, k: usize, out: &mut [bf16]) {
-    let rank = lora.rank;
-    let rows = (2 * rank).next_multiple_of(SIDE);
+    let (rank, rows) = (lora.rank, a_rows(Some(lora)));
     let tasks: Vec<_> = blocks(k).zip(out.chunks_mut((rows * STRIDE).max(1))).collect();
     parallel::for_each(threads, tasks, |((col, _), block)| {
         isa.vectorize(
@@ -80,60 +101,42 @@ fn pack_a<I: Isa>(isa: I, threads: usize, lora: &LowRank<'_>, k: usize, out: &mu
     });
 }
 
-/// Up to [`CHUNK`] rows.
+/// Up to [`CHUNK`] rows of x.
 struct Chunk<'a> {
     threads: usize,
-    problem: &'a Problem<'a>,
     rows: usize,
     x: Source<'a>,
+}
+
+/// A member's part of a chunk.
+struct Part<'a> {
+    problem: &'a Problem<'a>,
     a_slivers: &'a [bf16],
+    y: &'a mut [bf16],
+    s: &'a mut [bf16],
 }
 
 impl Chunk<'_> {
-    fn eval<D: Dots>(&self, dots: D, y: &mut [bf16], s: &mut [bf16]) {
-        let isa = dots.base();
-        let (n, k) = (self.problem.weight.out_features(), self.problem.weight.in_features());
+    fn eval<D: Dots>(&self, dots: D, mut members: Vec<Part<'_>>) {
         let room = padded(self.rows);
-        let rank = self.problem.lora.map_or(0, LowRank::rank);
+        let depths: Vec<_> =
+            members.iter().map(|part| room * split::depth(part.problem.lora.map_or(0, LowRank::rank))).collect();
         scratch::with_bf16(
-            room * k.next_multiple_of(STEP),
+            room * self.x.cols.next_multiple_of(STEP),
             #[inline(always)]
             |x_panels| {
-                self.pack(isa, &self.x, x_panels);
+                self.pack(dots.base(), &self.x, x_panels);
                 scratch::with_bf16(
-                    room * split::depth(rank),
+                    depths.iter().sum(),
                     #[inline(always)]
                     |s_panels| {
-                        if let Some(lora) = self.problem.lora {
-                            if lora.dropout.is_some() {
-                                let dropped = Source { dropout: lora.dropout, ..self.x };
-                                scratch::with_bf16(
-                                    room * k.next_multiple_of(STEP),
-                                    #[inline(always)]
-                                    |panels| {
-                                        self.pack(isa, &dropped, panels);
-                                        self.low_rank_input(dots, lora, panels, s_panels, s);
-                                    },
-                                );
-                            } else {
-                                self.low_rank_input(dots, lora, x_panels, s_panels, s);
+                        let mut s_panels = parts(s_panels, depths.into_iter());
+                        for (part, s_panels) in members.iter_mut().zip(&mut s_panels) {
+                            if let Some(lora) = part.problem.lora {
+                                self.branch(dots, lora, part.a_slivers, x_panels, s_panels, part.s);
                             }
                         }
-                        let slivers = n.div_ceil(SIDE).div_ceil(TASKS).clamp(1, MOST_SLIVERS);
-                        let width = slivers * SIDE;
-                        let tasks: Vec<_> = split_columns(y, n, width).into_iter().enumerate().collect();
-                        let operands = Operands { problem: self.problem, rows: self.rows, x_panels, s_panels };
-                        parallel::for_each(self.threads, tasks, |(i, y)| {
-                            isa.vectorize(
-                                #[inline(always)]
-                                || {
-                                    dots.prepared(
-                                        #[inline(always)]
-                                        || operands.columns(dots, i * width, slivers, y),
-                                    );
-                                },
-                            );
-                        });
+                        self.outputs(dots, x_panels, &s_panels, members);
                     },
                 );
             },
@@ -151,11 +154,36 @@ impl Chunk<'_> {
         });
     }
 
+    /// [`Chunk::low_rank_input`] of x, or of what dropout leaves of it.
+    fn branch<D: Dots>(
+        &self,
+        dots: D,
+        lora: &LowRank<'_>,
+        a_slivers: &[bf16],
+        x_panels: &[bf16],
+        s_panels: &mut [bf16],
+        s: &mut [bf16],
+    ) {
+        if lora.dropout.is_none() {
+            return self.low_rank_input(dots, lora, a_slivers, x_panels, s_panels, s);
+        }
+        let dropped = Source { dropout: lora.dropout, ..self.x };
+        scratch::with_bf16(
+            x_panels.len(),
+            #[inline(always)]
+            |panels| {
+                self.pack(dots.base(), &dropped, panels);
+                self.low_rank_input(dots, lora, a_slivers, panels, s_panels, s);
+            },
+        );
+    }
+
     /// S, and panels of `scaling·Sᵀ` in split pairs.
     fn low_rank_input<D: Dots>(
         &self,
         dots: D,
         lora: &LowRank<'_>,
+        a_slivers: &[bf16],
         x_panels: &[bf16],
         s_panels: &mut [bf16],
         s: &mut [bf16],
@@ -174,7 +202,7 @@ impl Chunk<'_> {
                 || {
                     dots.prepared(
                         #[inline(always)]
-                        || self.low_rank_panel(dots, lora, i * SIDE, x_panels, panel, s),
+                        || self.low_rank_panel(dots, lora, a_slivers, (i * SIDE, x_panels), panel, s),
                     );
                 },
             );
@@ -187,23 +215,25 @@ impl Chunk<'_> {
         &self,
         dots: D,
         lora: &LowRank<'_>,
-        first: usize,
-        x_panels: &[bf16],
+        a_slivers: &[bf16],
+        (first, x_panels): (usize, &[bf16]),
         panel: &mut [bf16],
         s: &mut [bf16],
     ) {
         let (isa, rank, k) = (dots.base(), lora.rank, self.x.cols);
         let (room, width) = (padded(self.rows), width_for(self.rows - first));
-        let a_rows = (2 * rank).next_multiple_of(SIDE);
+        let rows = a_rows(Some(lora));
         scratch::with(
-            a_rows * width,
+            rows * width,
             #[inline(always)]
             |sums| {
-                sums.fill(0.0);
-                for ((col, depth), slivers) in blocks(k).zip(self.a_slivers.chunks(a_rows * STRIDE)) {
+                if k == 0 {
+                    sums.fill(0.0);
+                }
+                for ((col, depth), slivers) in blocks(k).zip(a_slivers.chunks(rows * STRIDE)) {
                     let x = &x_panels[room * col + first * depth..][..depth * width];
                     for (left, tile) in slivers.chunks(SLIVER).zip(sums.chunks_mut(SIDE * width)) {
-                        dots.multiply(left, STRIDE, x, width, tile);
+                        dots.multiply(left, STRIDE, x, width, tile, col > 0);
                     }
                 }
                 let keep = lora.dropout.map_or(1.0, |dropout| 1.0 / (1.0 - dropout.p()));
@@ -225,9 +255,33 @@ impl Chunk<'_> {
             },
         );
     }
+
+    /// y of every member: a task is a range of one's columns.
+    fn outputs<D: Dots>(&self, dots: D, x_panels: &[bf16], s_panels: &[&mut [bf16]], members: Vec<Part<'_>>) {
+        let mut tasks = Vec::new();
+        for (part, s_panels) in members.into_iter().zip(s_panels) {
+            let n = part.problem.weight.out_features();
+            let slivers = n.div_ceil(SIDE).div_ceil(TASKS).clamp(1, MOST_SLIVERS);
+            for (i, y) in split_columns(part.y, n, slivers * SIDE).into_iter().enumerate() {
+                let operands = Operands { problem: part.problem, rows: self.rows, x_panels, s_panels };
+                tasks.push((operands, i * slivers * SIDE, slivers, y));
+            }
+        }
+        parallel::for_each(self.threads, tasks, |(operands, n0, slivers, y)| {
+            dots.base().vectorize(
+                #[inline(always)]
+                || {
+                    dots.prepared(
+                        #[inline(always)]
+                        || operands.columns(dots, n0, slivers, y),
+                    );
+                },
+            );
+        });
+    }
 }
 
-/// What every task of a chunk reads.
+/// What a task reads.
 struct Operands<'a> {
     problem: &'a Problem<'a>,
     rows: usize,
@@ -238,12 +292,14 @@ struct Operands<'a> {
 impl Operands<'_> {
     /// Output columns from `n0`, `slivers` slivers of them: `y[m]` is row m's part.
     #[inline(always)]
-    fn columns<D: Dots>(&self, dots: D, n0: usize, slivers: usize, y: Vec<&mut [bf16]>) {
+    fn columns<D: Dots>(&self, dots: D, n0: usize, slivers: usize, mut y: Vec<&mut [bf16]>) {
         scratch::with(
             slivers * SIDE * padded(self.rows),
             #[inline(always)]
             |tiles| {
-                tiles.fill(0.0);
+                if self.problem.weight.in_features() == 0 {
+                    tiles.fill(0.0);
+                }
                 scratch::with_bf16(
                     slivers * SLIVER,
                     #[inline(always)]
@@ -252,7 +308,7 @@ impl Operands<'_> {
                         self.add_low_rank(dots, n0, w, tiles);
                     },
                 );
-                self.store(dots.base(), n0, tiles, y);
+                store(dots.base(), self.problem.bias.map(|bias| &bias[n0..]), tiles, &mut y);
             },
         );
     }
@@ -278,7 +334,7 @@ impl Operands<'_> {
                         outside.fill(bf16::ZERO);
                     },
                 );
-                multiply(dots, (0, depth, depth), left, panels, self.rows, tiles);
+                multiply(dots, (0, depth, depth), left, panels, self.rows, tiles, col > 0);
             }
         }
     }
@@ -304,49 +360,10 @@ impl Operands<'_> {
                                 out.copy_from_slice(&line[from..][..depth]);
                             },
                         );
-                        multiply(dots, (from, depth, height), left, self.s_panels, self.rows, tiles);
+                        multiply(dots, (from, depth, height), left, self.s_panels, self.rows, tiles, true);
                     }
                 }
             },
         );
-    }
-
-    /// Transposes the tiles into the rows of y, adds the bias, and rounds.
-    #[inline(always)]
-    fn store<I: Isa>(&self, isa: I, n0: usize, tiles: &[f32], mut y: Vec<&mut [bf16]>) {
-        let room = padded(self.rows);
-        for (i, tiles) in tiles.chunks(SIDE * room).enumerate() {
-            for half in [0, LANES] {
-                let col = i * SIDE + half;
-                let mut bias = [0.0; LANES];
-                if let Some(values) = self.problem.bias {
-                    for (b, value) in bias.iter_mut().zip(values.iter().skip(n0 + col)) {
-                        *b = *value;
-                    }
-                }
-                let bias = isa.load(&bias);
-                for first in (0..self.rows).step_by(LANES) {
-                    let panel = first / SIDE * SIDE;
-                    let width = width_for(self.rows - panel);
-                    let tile = &tiles[panel * SIDE + half * width + (first - panel)..];
-                    let mut lines = [bias; LANES];
-                    for (line, sums) in lines.iter_mut().zip(tile.chunks(width)) {
-                        *line = isa.load(sums.first_chunk().expect("a vector"));
-                    }
-                    let lines = isa.transpose(lines);
-                    for (line, out) in lines.into_iter().zip(y.iter_mut().skip(first)) {
-                        let Some(out) = out.get_mut(col..) else { continue };
-                        let line = isa.add(line, bias);
-                        if let Some(out) = out.first_chunk_mut() {
-                            isa.store_bf16(line, out);
-                        } else {
-                            let mut whole = [bf16::ZERO; LANES];
-                            isa.store_bf16(line, &mut whole);
-                            out.copy_from_slice(&whole[..out.len()]);
-                        }
-                    }
-                }
-            }
-        }
     }
 }

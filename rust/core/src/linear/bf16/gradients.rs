@@ -156,7 +156,9 @@ impl Left {
         tiles: &mut [f32],
     ) {
         let height = self.height.next_multiple_of(SIDE);
-        tiles.fill(0.0);
+        if self.rows == 0 {
+            tiles.fill(0.0);
+        }
         scratch::with_bf16(
             DEPTH * COLUMNS,
             #[inline(always)]
@@ -171,7 +173,7 @@ impl Left {
                         |i, line| source.read(row + i, col, line),
                     );
                     for (left, tiles) in slivers.chunks(SLIVER).zip(tiles.chunks_mut(SIDE * padded(cols))) {
-                        multiply(dots, (0, depth, depth), left, panels, cols, tiles);
+                        multiply(dots, (0, depth, depth), left, panels, cols, tiles, row > 0);
                     }
                 }
             },

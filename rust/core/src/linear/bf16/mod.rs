@@ -15,11 +15,13 @@
 mod backward;
 mod forward;
 mod gradients;
+mod low_rank_output;
 mod operand;
 mod split;
+mod store;
 
-pub(super) use backward::Backward;
-pub(super) use forward::Forward;
+pub(super) use backward::{Backward, Member as BackwardMember};
+pub(super) use forward::{Forward, Member as ForwardMember};
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

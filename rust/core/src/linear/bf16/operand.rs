@@ -166,8 +166,8 @@ pub(super) fn row_panels<I: Isa>(
     );
 }
 
-/// Adds the product of one sliver and all panels of `cols` columns and `depth` to its tiles: for each panel
-/// `[SIDE, width]`, one after another. Panels are `height` rows high; those from `from` on count.
+/// The product of one sliver and all panels of `cols` columns into its tiles, or added to them if `add`: for each
+/// panel `[SIDE, width]`, one after another. Panels are `height` rows high; `depth` of them from `from` on count.
 #[inline(always)]
 pub(super) fn multiply<D: Dots>(
     dots: D,
@@ -176,10 +176,21 @@ pub(super) fn multiply<D: Dots>(
     panels: &[bf16],
     cols: usize,
     tiles: &mut [f32],
+    add: bool,
 ) {
     for first in (0..cols).step_by(SIDE) {
         let width = width_for(cols - first);
         let panel = &panels[first * height + from * width..][..depth * width];
-        dots.multiply(left, STRIDE, panel, width, &mut tiles[first * SIDE..][..SIDE * width]);
+        dots.multiply(left, STRIDE, panel, width, &mut tiles[first * SIDE..][..SIDE * width], add);
     }
+}
+
+/// `buffer` in parts of the given sizes, one after another.
+pub(super) fn parts(mut buffer: &mut [bf16], sizes: impl Iterator<Item = usize>) -> Vec<&mut [bf16]> {
+    let cut = |size| {
+        let (part, rest) = std::mem::take(&mut buffer).split_at_mut(size);
+        buffer = rest;
+        part
+    };
+    sizes.map(cut).collect()
 }

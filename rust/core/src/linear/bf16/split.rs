@@ -64,9 +64,14 @@ pub(super) fn doubled<I: Isa>(isa: I, values: &[f32], out: &mut [bf16]) {
         lanes[..values.len()].copy_from_slice(values);
         let (high, low) = split_lanes(isa, isa.load(&lanes));
         for (half, out) in [(high, high_out), (low, low_out)] {
-            let mut both = [bf16::ZERO; 2 * LANES];
-            isa.store_pairs(isa.zip_pairs(&half, &half), &mut both);
-            out.copy_from_slice(&both[..out.len()]);
+            let both = isa.zip_pairs(&half, &half);
+            if let Some(out) = out.first_chunk_mut() {
+                isa.store_pairs(both, out);
+            } else {
+                let mut whole = [bf16::ZERO; 2 * LANES];
+                isa.store_pairs(both, &mut whole);
+                out.copy_from_slice(&whole[..out.len()]);
+            }
         }
     }
 }

@@ -3,11 +3,11 @@
 
 use crate::Exec;
 use crate::dtype::{bf16, f16};
-use crate::linear::tests::{Case, Codec, NF4, Shape};
+use crate::linear::tests::case::{Case, Codec, NF4, Shape};
 use crate::simd::IsaKind;
 
 /// Relative error of a float32 value as a leading and a trailing bfloat16: each keeps eight bits and rounds.
-const SPLIT: f64 = 1.0 / 131_072.0;
+pub(in crate::linear) const SPLIT: f64 = 1.0 / 131_072.0;
 
 fn instruction_sets() -> Vec<IsaKind> {
     let found: Vec<_> = IsaKind::all().into_iter().filter(|isa| isa.has_dots()).collect();
@@ -25,9 +25,7 @@ fn check(shape: Shape, codec: Codec, dropout_p: f32) {
         for threads in [2, 3] {
             assert!(case.run(&Exec { isa, threads }) == alone, "{threads} {shape:?} {codec:?}");
         }
-        for value in &mut case.stored.dense {
-            *value = bf16::from_f32(*value).to_f32();
-        }
+        case.round_weight_to_bf16();
         case.check_split(&alone, SPLIT);
     }
 }

@@ -1,6 +1,7 @@
 //! The kernels for few rows: every number of rows, and the edges of strips, groups, passes and blocks.
 
-use super::{Case, Codec, NF4, Shape, check};
+use super::case::{Case, Codec, NF4, Shape};
+use super::check;
 use crate::codec::spec::QuantType;
 use crate::dtype::{bf16, f16};
 use crate::simd::IsaKind;
