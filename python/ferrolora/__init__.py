@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from ferrolora.ops.dequantize import dequantize as dequantize
     from ferrolora.ops.linear import LowRank as LowRank
     from ferrolora.ops.linear import linear as linear
+    from ferrolora.ops.linear_group import Sibling as Sibling
+    from ferrolora.ops.linear_group import linear_group as linear_group
     from ferrolora.ops.quantize import quantize as quantize
     from ferrolora.spec import QuantSpec as QuantSpec
     from ferrolora.tensor import QuantTensor as QuantTensor
@@ -54,6 +56,8 @@ _HOME = {  # public name -> the module that defines it
     "dequantize": "ferrolora.ops.dequantize",
     "linear": "ferrolora.ops.linear",
     "LowRank": "ferrolora.ops.linear",
+    "linear_group": "ferrolora.ops.linear_group",
+    "Sibling": "ferrolora.ops.linear_group",
     "QuantSpec": "ferrolora.spec",
     "QuantTensor": "ferrolora.tensor",
     "FerroloraError": "ferrolora.errors",

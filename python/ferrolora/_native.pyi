@@ -1,5 +1,7 @@
 """The compiled kernels. Tensors are contiguous CPU tensors; outputs are passed in; `threads` never changes a result."""
 
+from typing import Any
+
 from torch import Tensor
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "isa",
     "linear",
     "linear_backward",
+    "linear_group",
+    "linear_group_backward",
     "linear_lora",
     "linear_lora_backward",
     "quantize_4bit",
@@ -123,6 +127,20 @@ def linear_lora_backward(
     dx: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
+    threads: int,
+) -> None: ...
+def linear_group(
+    x: Tensor, shape: tuple[int, int], members: list[Any], y: list[Tensor], s: list[Tensor], threads: int
+) -> None: ...
+def linear_group_backward(
+    dy: list[Tensor],
+    x: Tensor | None,
+    s: list[Tensor],
+    shape: tuple[int, int],
+    members: list[Any],
+    dx: Tensor | None,
+    da: list[Tensor] | None,
+    db: list[Tensor] | None,
     threads: int,
 ) -> None: ...
 def dropout_mask(seed: int, rows: int, cols: int, p: float, out: Tensor) -> None: ...

@@ -10,6 +10,7 @@ from ferrolora.ops import (  # noqa: F401  (each import registers its operators)
     double_quantize,
     int8,
     linear_base,
+    linear_group,
     linear_lora,
     quantize_4bit,
     quantize_blockwise,

@@ -1,5 +1,6 @@
 """`ferrolora::linear` and `linear_backward`: y = x·deq(W)ᵀ + bias and dX = dY·deq(W), W never materialised."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,15 +136,15 @@ class OnceDifferentiable(torch.autograd.Function):
     """Runs a backward operator; differentiating its result raises instead of giving numbers that are wrong."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *args: Any) -> Any:
-        ctx.op = op
+    def forward(ctx: Any, name: str, run: Callable[..., Any], *args: Any) -> Any:
+        ctx.name = name
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return run(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise UnsupportedError(
-            f"{ctx.op}: second derivatives are not implemented; "
+            f"{ctx.name}: second derivatives are not implemented; "
             "call dequantize() and torch.nn.functional.linear where you need create_graph=True"
         )
 
@@ -151,7 +152,7 @@ class OnceDifferentiable(torch.autograd.Function):
 def once_differentiable(op: Any, *args: Any) -> Any:
     """Autograd kernel of a backward operator."""
     if needs_grad(*args):
-        return OnceDifferentiable.apply(op, *args)
+        return OnceDifferentiable.apply(str(op), op, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

@@ -7,9 +7,11 @@ mod buffer;
 mod error;
 mod info;
 mod linear;
+mod linear_group;
 #[cfg(target_os = "linux")]
 mod openmp;
 mod quantize;
+mod weight;
 
 use pyo3::prelude::*;
 
@@ -20,5 +22,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     openmp::register();
     info::register(module)?;
     quantize::register(module)?;
-    linear::register(module)
+    linear::register(module)?;
+    linear_group::register(module)
 }

@@ -1,50 +1,16 @@
 //! The fused linear: forward and backward, with and without the low-rank branch.
 
-use ferrolora_core::codec::spec::Packed;
 use ferrolora_core::dtype::{Floats, FloatsMut};
 use ferrolora_core::linear::dropout::dropout_mask as core_dropout_mask;
-use ferrolora_core::linear::{self as core, Dropout, Gradients, LoraGradients, LowRank, Weight};
+use ferrolora_core::linear::{self as core, Dropout, Gradients, LoraGradients, LowRank};
 use ferrolora_core::{Exec, Result};
 use pyo3::prelude::*;
 
 use crate::buffer::Buffer;
 use crate::error::detached;
-use crate::quantize::{StoredScales, spec};
+use crate::weight::StoredWeight;
 
 type Tensor<'py> = Bound<'py, PyAny>;
-
-/// A quantized weight as Python passes it.
-struct StoredWeight<'py> {
-    codes: Buffer<'py>,
-    scales: StoredScales<'py>,
-    quant_type: String,
-    block_size: usize,
-    n: usize,
-    k: usize,
-}
-
-/// Calls `work` with the weight, outside the interpreter.
-macro_rules! with_weight {
-    ($py:expr, $stored:expr, $weight:ident => $work:expr) => {{
-        let (stored, py) = (&$stored, $py);
-        let (n, k) = (stored.n, stored.k);
-        if stored.quant_type == "int8" {
-            let (codes, scb) = (stored.codes.i8(py)?, stored.scales.plain(py)?);
-            detached(py, || {
-                let $weight = Weight::int8(codes, scb, n, k)?;
-                $work
-            })
-        } else {
-            let (codes, scales) = (stored.codes.u8(py)?, stored.scales.get(py)?);
-            let (quant_type, block_size) = (stored.quant_type.as_str(), stored.block_size);
-            detached(py, || {
-                let packed = Packed::new(codes, scales, spec(quant_type, block_size)?, n.saturating_mul(k))?;
-                let $weight = Weight::four_bit(packed, n, k)?;
-                $work
-            })
-        }
-    }};
-}
 
 /// Rows of `numel` elements in rows of `cols`.
 fn rows(numel: usize, cols: usize) -> usize {
@@ -52,7 +18,7 @@ fn rows(numel: usize, cols: usize) -> usize {
 }
 
 /// Rank of `lora_a [r, K]` and `lora_b [N, r]`, whichever side has elements.
-fn rank(lora_a: &Floats<'_>, lora_b: &Floats<'_>, n: usize, k: usize) -> usize {
+pub fn rank(lora_a: &Floats<'_>, lora_b: &Floats<'_>, n: usize, k: usize) -> usize {
     lora_a.len().checked_div(k).unwrap_or_else(|| rows(lora_b.len(), n))
 }
 
@@ -74,14 +40,14 @@ fn linear<'py>(
     y: Tensor<'py>,
     threads: usize,
 ) -> PyResult<()> {
-    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
-    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let stored = StoredWeight::new(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)?;
+    let weight = stored.parts(py)?;
     let (x, mut y) = (Buffer::new(x, "x")?, Buffer::new(y, "y")?);
     let bias = bias.map(|t| Buffer::new(t, "bias")).transpose()?;
     let (x, y) = (x.floats(py)?, y.floats_mut(py)?);
     let bias = bias.as_ref().map(|b| b.floats(py)).transpose()?;
     let m = if k > 0 { rows(x.len(), k) } else { rows(y.len(), n) };
-    with_weight!(py, weight, weight => core::forward(&Exec::new(threads)?, m, x, &weight, bias, None, y, None))
+    detached(py, || core::forward(&Exec::new(threads)?, m, x, &weight.weight()?, bias, None, y, None))
 }
 
 /// Writes `S = drop(x)·Aᵀ` and `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`.
@@ -108,8 +74,8 @@ fn linear_lora<'py>(
     s: Tensor<'py>,
     threads: usize,
 ) -> PyResult<()> {
-    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
-    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let stored = StoredWeight::new(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)?;
+    let weight = stored.parts(py)?;
     let (x, mut y, mut s) = (Buffer::new(x, "x")?, Buffer::new(y, "y")?, Buffer::new(s, "s")?);
     let (lora_a, lora_b) = (Buffer::new(lora_a, "lora_A")?, Buffer::new(lora_b, "lora_B")?);
     let bias = bias.map(|t| Buffer::new(t, "bias")).transpose()?;
@@ -117,10 +83,10 @@ fn linear_lora<'py>(
     let (lora_a, lora_b) = (lora_a.floats(py)?, lora_b.floats(py)?);
     let bias = bias.as_ref().map(|b| b.floats(py)).transpose()?;
     let m = if k > 0 { rows(x.len(), k) } else { rows(y.len(), n) };
-    with_weight!(py, weight, weight => {
+    detached(py, || {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
-        core::forward(&Exec::new(threads)?, m, x, &weight, bias, Some(&lora), y, Some(s))
+        core::forward(&Exec::new(threads)?, m, x, &weight.weight()?, bias, Some(&lora), y, Some(s))
     })
 }
 
@@ -141,13 +107,13 @@ fn linear_backward<'py>(
     dx: Tensor<'py>,
     threads: usize,
 ) -> PyResult<()> {
-    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
-    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let stored = StoredWeight::new(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)?;
+    let weight = stored.parts(py)?;
     let (dy, mut dx) = (Buffer::new(dy, "dy")?, Buffer::new(dx, "dx")?);
     let (dy, dx) = (dy.floats(py)?, dx.floats_mut(py)?);
     let m = if n > 0 { rows(dy.len(), n) } else { rows(dx.len(), k) };
-    with_weight!(py, weight, weight => {
-        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx: Some(dx), lora: None })
+    detached(py, || {
+        core::backward(&Exec::new(threads)?, m, dy, &weight.weight()?, Gradients { dx: Some(dx), lora: None })
     })
 }
 
@@ -177,8 +143,8 @@ fn linear_lora_backward<'py>(
     db: Option<Tensor<'py>>,
     threads: usize,
 ) -> PyResult<()> {
-    let scales = StoredScales::new(absmax, nested_absmax, offset)?;
-    let weight = StoredWeight { codes: Buffer::new(codes, "codes")?, scales, quant_type, block_size, n, k };
+    let stored = StoredWeight::new(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)?;
+    let weight = stored.parts(py)?;
     let dy = Buffer::new(dy, "dy")?;
     let x = x.map(|t| Buffer::new(t, "x")).transpose()?;
     let s = s.map(|t| Buffer::new(t, "s")).transpose()?;
@@ -195,11 +161,11 @@ fn linear_lora_backward<'py>(
     let db = db.as_mut().map(|b| b.floats_mut(py)).transpose()?;
     let inputs = x.map(|x| x.len()).or(dx.as_ref().map(FloatsMut::len));
     let m = if n > 0 { rows(dy.len(), n) } else { rows(inputs.unwrap_or(0), k) };
-    with_weight!(py, weight, weight => {
+    detached(py, || {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
         let branch = LoraGradients { lora: &lora, x, s, da, db };
-        core::backward(&Exec::new(threads)?, m, dy, &weight, Gradients { dx, lora: Some(branch) })
+        core::backward(&Exec::new(threads)?, m, dy, &weight.weight()?, Gradients { dx, lora: Some(branch) })
     })
 }
 
