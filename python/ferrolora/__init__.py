@@ -11,10 +11,14 @@ from ferrolora import ops as ops  # registers torch.ops.ferrolora.*, which compi
 
 if TYPE_CHECKING:
     from ferrolora import nn as nn
+    from ferrolora.adapters.adalora import AdaLoraConfig as AdaLoraConfig
     from ferrolora.adapters.config import PeftConfig as PeftConfig
     from ferrolora.adapters.config import PeftType as PeftType
     from ferrolora.adapters.config import TaskType as TaskType
+    from ferrolora.adapters.ia3 import IA3Config as IA3Config
+    from ferrolora.adapters.loha import LoHaConfig as LoHaConfig
     from ferrolora.adapters.lora import LoraConfig as LoraConfig
+    from ferrolora.adapters.lora_plus import lora_plus_groups as lora_plus_groups
     from ferrolora.errors import CudaError as CudaError
     from ferrolora.errors import FerroloraError as FerroloraError
     from ferrolora.errors import FormatError as FormatError
@@ -30,18 +34,19 @@ if TYPE_CHECKING:
     from ferrolora.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from ferrolora.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from ferrolora.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from ferrolora.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from ferrolora.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from ferrolora.model.peft_model import PeftModel as PeftModel
-    from ferrolora.model.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
-    from ferrolora.model.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-    from ferrolora.model.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-    from ferrolora.model.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-    from ferrolora.model.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-    from ferrolora.model.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
-    from ferrolora.model.peft_model import get_peft_model as get_peft_model
     from ferrolora.model.quantize import quantize_model as quantize_model
     from ferrolora.model.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
     from ferrolora.model.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
+    from ferrolora.model.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+    from ferrolora.model.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from ferrolora.model.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from ferrolora.model.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from ferrolora.model.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from ferrolora.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from ferrolora.model.tasks import get_peft_model as get_peft_model
     from ferrolora.ops.dequantize import dequantize as dequantize
     from ferrolora.ops.linear import LowRank as LowRank
     from ferrolora.ops.linear import linear as linear
@@ -68,17 +73,22 @@ _HOME = {  # public name -> the module that defines it
     "CudaError": "ferrolora.errors",
     "TargetError": "ferrolora.errors",
     "LoraConfig": "ferrolora.adapters.lora",
+    "AdaLoraConfig": "ferrolora.adapters.adalora",
+    "IA3Config": "ferrolora.adapters.ia3",
+    "LoHaConfig": "ferrolora.adapters.loha",
+    "lora_plus_groups": "ferrolora.adapters.lora_plus",
+    "initialize_lora_eva_weights": "ferrolora.model.eva",
     "TaskType": "ferrolora.adapters.config",
     "PeftType": "ferrolora.adapters.config",
     "PeftConfig": "ferrolora.adapters.config",
-    "get_peft_model": "ferrolora.model.peft_model",
+    "get_peft_model": "ferrolora.model.tasks",
     "PeftModel": "ferrolora.model.peft_model",
-    "PeftModelForCausalLM": "ferrolora.model.peft_model",
-    "PeftModelForFeatureExtraction": "ferrolora.model.peft_model",
-    "PeftModelForQuestionAnswering": "ferrolora.model.peft_model",
-    "PeftModelForSeq2SeqLM": "ferrolora.model.peft_model",
-    "PeftModelForSequenceClassification": "ferrolora.model.peft_model",
-    "PeftModelForTokenClassification": "ferrolora.model.peft_model",
+    "PeftModelForCausalLM": "ferrolora.model.tasks",
+    "PeftModelForFeatureExtraction": "ferrolora.model.tasks",
+    "PeftModelForQuestionAnswering": "ferrolora.model.tasks",
+    "PeftModelForSeq2SeqLM": "ferrolora.model.tasks",
+    "PeftModelForSequenceClassification": "ferrolora.model.tasks",
+    "PeftModelForTokenClassification": "ferrolora.model.tasks",
     "AutoPeftModel": "ferrolora.model.auto",
     "AutoPeftModelForCausalLM": "ferrolora.model.auto",
     "AutoPeftModelForFeatureExtraction": "ferrolora.model.auto",

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from os import PathLike
@@ -19,6 +20,9 @@ class PeftType(str, Enum):
     """The adapter methods that can be trained, saved and loaded."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    LOHA = "LOHA"
 
 
 class TaskType(str, Enum):
@@ -120,6 +124,79 @@ class PeftConfig:
         if not isinstance(config, cls):
             raise FormatError(f"{where}: a {config.peft_type} configuration is not a {cls.__name__}")
         return config
+
+
+@dataclass
+class ModuleConfig(PeftConfig):
+    """The part of a configuration that says which modules of the model are adapted.
+
+    Args:
+        target_modules: a regular expression that must match the whole name; or a list of whole names and `.suffix`es;
+            or "all-linear". Default None: the method's own choice.
+        exclude_modules: the same forms; what they match is not adapted. Default None.
+        modules_to_save: names of modules that are trained and saved in full. Default None.
+
+    Raises:
+        UnsupportedError: `modules_to_save` is a single string.
+    """
+
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"):
+            value = getattr(self, name, None)
+            if isinstance(value, (set, frozenset, tuple)):
+                setattr(self, name, sorted(value) if not isinstance(value, tuple) else list(value))
+            if isinstance(value, str) and name == "modules_to_save":
+                raise UnsupportedError(f"{type(self).__name__}(modules_to_save={value!r}) must be a list of names")
+
+
+@dataclass
+class LayerConfig(ModuleConfig):
+    """A `ModuleConfig` that can be narrowed to some layers, with other ranks for some modules.
+
+    Args:
+        layers_to_transform: index or indices of the layers that get adapters. Default None: all.
+        layers_pattern: name of the list of layers, when there are several. Default None.
+
+    Raises:
+        UnsupportedError: layers chosen beside a regular expression, or a pattern without layers.
+    """
+
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = type(self).__name__
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if pattern and (self.layers_to_transform is not None or self.layers_pattern):
+            raise UnsupportedError(f"{kind}: layers_to_transform needs a list of target_modules, not a pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UnsupportedError(f"{kind}: layers_pattern needs layers_to_transform")
+
+
+def check_rank(kind: str, name: str, rank: Any) -> None:
+    """Raises UnsupportedError unless `rank`, of field or pattern `name`, is a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UnsupportedError(f"{kind}: the rank of {name!r} must be a positive integer, not {rank!r}")
+
+
+def check_alpha(kind: str, name: str, alpha: Any) -> None:
+    """Raises UnsupportedError unless `alpha`, of field or pattern `name`, is a number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UnsupportedError(f"{kind}: the alpha of {name!r} must be a number, not {alpha!r}")
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    r"""The value of the first pattern that matches `path` as `(.*\.)?pattern$`, else `default`."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 def _plain(value: Any) -> Any:

@@ -1,28 +1,22 @@
-"""LoRA: a low-rank matrix beside a linear layer or an embedding."""
+"""LoRA: a low-rank matrix beside a linear layer."""
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ferrolora.adapters.base import AdapterLayer, adapter_dtype, check_adapter_name
+from ferrolora.adapters.base import AdapterLayer, WeightSource, adapter_dtype
 from ferrolora.adapters.config import PeftConfig
-from ferrolora.adapters.init import initializer
 from ferrolora.adapters.lora_config import LoraConfig as LoraConfig
+from ferrolora.adapters.lora_conv import LoraConv
+from ferrolora.adapters.lora_embedding import LoraEmbedding
+from ferrolora.adapters.lora_layer import LoraLayer, LowRankBase
+from ferrolora.adapters.rows import BASE, RowGroups
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.ops.linear import LowRank
-
-
-class LowRankBase(Protocol):
-    """A linear layer that computes base and low-rank branch in one call."""
-
-    def forward_with_low_rank(self, x: Tensor, lora: LowRank) -> Tensor:
-        """base(x) + scaling·B(A(drop(x))): x [..., in] → [..., out]."""
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -30,193 +24,145 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nx") and hasattr(module, "nf")
 
 
-def wrap(module: nn.Module, path: str) -> AdapterLayer:
+def wrap(module: nn.Module, path: str, config: PeftConfig | None = None) -> AdapterLayer:
     """Puts the LoRA wrapper that fits around `module`.
 
     Raises:
         TargetError: the module, at `path` in the model, is of a type that LoRA is not implemented for.
         UnsupportedError: the module is never called, so an adapter on it would do nothing.
     """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        raise UnsupportedError(f"{path}: nn.MultiheadAttention reads the weight of out_proj without calling it")
+    refuse_uncalled(module, path)
     if isinstance(module, nn.Linear) or is_transposed_linear(module):
         return LoraLinear(module)
     if isinstance(module, nn.Embedding):
         return LoraEmbedding(module)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return LoraConv(module)
     raise TargetError(
-        f"{path} is a {type(module).__name__}; LoRA adapts nn.Linear, Conv1D and nn.Embedding. "
+        f"{path} is a {type(module).__name__}; LoRA adapts nn.Linear, Conv1D, nn.Embedding and nn.Conv1d/2d/3d. "
         "Narrow target_modules, or name it in exclude_modules"
     )
 
 
-class LoraLayer(AdapterLayer):
-    """What LoRA on any module shares: rank, alpha and scaling of each adapter."""
+def refuse_uncalled(module: nn.Module, path: str) -> None:
+    """Raises UnsupportedError for a module whose weight is read by others instead of its being called."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise UnsupportedError(f"{path}: nn.MultiheadAttention reads the weight of out_proj without calling it")
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
 
-    def _configure(self, name: str, config: PeftConfig, path: str) -> LoraConfig:
-        check_adapter_name(name)
-        if not isinstance(config, LoraConfig):
-            raise UnsupportedError(f"{path} has LoRA adapters; {config.peft_type} cannot be added to it")
-        if name in self.adapter_names():
-            raise TargetError(f"{path} has an adapter {name!r} already")
-        if self.merged:
-            raise UnsupportedError(f"{self.merged_adapters} are merged; call unmerge_adapter() before adding {name!r}")
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, alpha, config.lora_dropout
-        self.scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        return config
-
-    def delete_adapter(self, name: str) -> None:
-        super().delete_adapter(name)
-        for values in (self.r, self.lora_alpha, self.lora_dropout, self.scaling):
-            values.pop(name, None)
-
-    def _active(self) -> list[str]:
-        return self.active_adapters if self.adapters_enabled else []
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of an nn.Linear or a Conv1D."""
+    source: Any = module
+    return (source.nx, source.nf) if is_transposed_linear(module) else (source.in_features, source.out_features)
 
 
 class LoraLinear(LoraLayer):
-    """y = base(x) + Σ s·B(A(drop(x))) over the active adapters.
+    """y = base(x) + Σ s·B(A(drop(x))) over the adapters; with DoRA (m/n)·(that, without the bias) + bias.
 
-    One active adapter over a base that offers `forward_with_low_rank` is one fused call.
+    Adapters over a base that offers `forward_with_low_rank` are one fused call: several are stacked into one of
+    rank Σ r, unless their dropout makes their inputs differ.
     """
 
-    containers = ("lora_A", "lora_B")
-    merged_A: Tensor | None
-    merged_B: Tensor | None
-    merged_bias: Tensor | None
+    containers = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.transposed = is_transposed_linear(base_layer)
-        source: Any = base_layer
-        self.in_features: int = source.nx if self.transposed else source.in_features
-        self.out_features: int = source.nf if self.transposed else source.out_features
+        self.in_features, self.out_features = linear_features(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self._fused = hasattr(base_layer, "forward_with_low_rank")
-        for buffer in ("merged_A", "merged_B", "merged_bias"):
-            self.register_buffer(buffer, None, persistent=False)
 
-    def add_adapter(self, name: str, config: PeftConfig, path: str, autocast_dtype: bool) -> None:
-        lora = self._configure(name, config, path)
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.transposed else matrix
+
+    def add_adapter(
+        self, name: str, config: PeftConfig, path: str, autocast_dtype: bool, source: WeightSource | None = None
+    ) -> None:
+        lora = self.configure(name, config, path)
         a = nn.Linear(self.in_features, self.r[name], bias=False)
         b = nn.Linear(self.r[name], self.out_features, bias=lora.lora_bias)
-        initializer(lora.init_lora_weights)(a.weight, b.weight)
+        self.start(name, lora, a.weight, b.weight, source)
         if lora.lora_bias and lora.init_lora_weights is not False:
             nn.init.zeros_(b.bias)
         dtype = adapter_dtype(self.base_layer, autocast_dtype)
         self.lora_A[name] = a.to(self.weight.device, dtype)
         self.lora_B[name] = b.to(self.weight.device, dtype)
+        self.start_dora(name, lora, autocast_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.entry("lora_A", name).weight, self.entry("lora_B", name).weight
+
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """x [..., in] → [..., out] in the type of the base's own output."""
-        if self.merged and self.adapters_enabled:
-            return self._forward_merged(x)
-        active = self._active()
-        if len(active) == 1 and self._fused and self._pair(active[0])[1].bias is None:
-            return cast(LowRankBase, self.base_layer).forward_with_low_rank(x, self._low_rank(active[0]))
+        plain = [name for name in names if not self.uses_dora(name)]
+        stackable = len(names) == 1 or (len(plain) == len(names) and self._same_input(names))
+        if stackable and hasattr(self.base_layer, "forward_with_low_rank"):
+            y = cast(LowRankBase, self.base_layer).forward_with_low_rank(x, self._low_rank(names))
+            y = self._with_biases(y, plain)
+            return y if plain else self._dora(y, names[0])
         base: Tensor = self.base_layer(x)
         y = base
-        for name in active:
-            a, b = self._pair(name)
-            dropped = F.dropout(x.to(a.weight.dtype), self.lora_dropout[name], self.training)
-            y = y + b(a(dropped)) * self.scaling[name]
+        for name in names:
+            branch = self._branch(x, name)
+            y = y + branch if name in plain else y + (self._dora(base + branch, name) - base)
         return y.to(base.dtype)
 
-    def delta_weight(self, name: str) -> Tensor:
-        a, b = (part.weight.detach() for part in self._pair(name))
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        delta = (b.to(dtype) @ a.to(dtype)) * self.scaling[name]
-        return delta.T if self.transposed else delta
+    def forward_rows(self, x: Tensor, groups: RowGroups) -> Tensor:
+        if any(self.uses_dora(name) for name in groups.groups):
+            return super().forward_rows(x, groups)
+        base: Tensor = self.base_layer(x)  # once for all rows
+        y = base
+        for name in groups.groups:
+            if name != BASE and name in self.lora_A:
+                rows = groups.rows(name, x)
+                y = y.index_add(0, rows, self._branch(x[rows], name).to(y.dtype))
+        return y
+
+    def bias_with(self, names: Sequence[str], bias: Tensor | None) -> Tensor | None:
+        deltas = [delta for delta in map(self.delta_bias, names) if delta is not None]
+        if not deltas:
+            return bias
+        if bias is None:
+            kind = type(self.base_layer).__name__
+            raise UnsupportedError(f"lora_bias=True cannot be merged into a {kind} without a bias")
+        return bias + torch.stack(deltas).sum(0)
 
     def delta_bias(self, name: str) -> Tensor | None:
-        bias: Tensor | None = self._pair(name)[1].bias
+        """What adapter `name` adds to the base bias, or None."""
+        bias: Tensor | None = self.entry("lora_B", name).bias
         return None if bias is None else bias.detach() * self.scaling[name]
 
-    def keep_beside(self, names: Sequence[str]) -> None:
-        """Stacks the adapters into one of rank Σ r with the scaling in B: the same delta, a fraction of its size."""
-        if not self._fused:
-            super().keep_beside(names)
-        a = [self._pair(name)[0].weight.detach() for name in names]
-        b = [self._pair(name)[1].weight.detach() * self.scaling[name] for name in names]
-        self.merged_A, self.merged_B = torch.cat(a), torch.cat(b, dim=1)  # [Σr, in], [out, Σr]
-        biases = [delta for delta in map(self.delta_bias, names) if delta is not None]
-        self.merged_bias = torch.stack(biases).sum(0) if biases else None
+    def _branch(self, x: Tensor, name: str) -> Tensor:
+        a, b = self.entry("lora_A", name), self.entry("lora_B", name)
+        dropped = F.dropout(x.to(a.weight.dtype), self.lora_dropout[name], self.training)
+        branch: Tensor = b(a(dropped)) * self.scaling[name]
+        return branch
 
-    def drop_beside(self) -> None:
-        self.merged_A = self.merged_B = self.merged_bias = None
+    def _same_input(self, names: Sequence[str]) -> bool:
+        return not self.training or not any(self.lora_dropout[name] for name in names)
 
-    def _pair(self, name: str) -> tuple[nn.Linear, nn.Linear]:
-        return cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+    def _low_rank(self, names: Sequence[str]) -> LowRank:
+        """The adapters as one; the scaling of several goes into B."""
+        if len(names) == 1:
+            a, b = self.factors(names[0])
+            dropout = self.lora_dropout[names[0]] if self.training else 0.0
+            return LowRank(a, b, self.scaling[names[0]], dropout)
+        pairs = [self.factors(name) for name in names]
+        stacked_b = [b * self.scaling[name] for name, (_, b) in zip(names, pairs, strict=True)]
+        return LowRank(torch.cat([a for a, _ in pairs]), torch.cat(stacked_b, dim=1), 1.0, 0.0)
 
-    def _low_rank(self, name: str) -> LowRank:
-        a, b = self._pair(name)
-        return LowRank(a.weight, b.weight, self.scaling[name], self.lora_dropout[name] if self.training else 0.0)
+    def _with_biases(self, y: Tensor, names: Sequence[str]) -> Tensor:
+        for name in names:
+            bias = self.entry("lora_B", name).bias
+            if bias is not None:
+                y = (y + bias * self.scaling[name]).to(y.dtype)
+        return y
 
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        if self.merged_A is None or self.merged_B is None:
-            merged: Tensor = self.base_layer(x)
-            return merged
-        low_rank = LowRank(self.merged_A, self.merged_B, 1.0, 0.0)
-        y = cast(LowRankBase, self.base_layer).forward_with_low_rank(x, low_rank)
-        return y if self.merged_bias is None else (y + self.merged_bias).to(y.dtype)
-
-
-class LoraEmbedding(LoraLayer):
-    """y = W[ids] + Σ s·Aᵀ[ids]·Bᵀ over the active adapters, with A [r, vocabulary] and B [dim, r].
-
-    A starts at zero and B at N(0, 1): the part that is looked up is the one that starts at zero.
-    """
-
-    containers = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-
-    def add_adapter(self, name: str, config: PeftConfig, path: str, autocast_dtype: bool) -> None:
-        lora = self._configure(name, config, path)
-        if lora.lora_bias:
-            raise UnsupportedError(f"{path}: lora_bias=True is not possible on an embedding")
-        vocabulary, dim = self.weight.shape
-        keep_random = lora.init_lora_weights is False
-        a = torch.randn(self.r[name], vocabulary) if keep_random else torch.zeros(self.r[name], vocabulary)
-        b = torch.randn(dim, self.r[name])
-        device, dtype = self.weight.device, adapter_dtype(self.base_layer, autocast_dtype)
-        self.lora_embedding_A[name] = nn.Parameter(a.to(device, dtype))
-        self.lora_embedding_B[name] = nn.Parameter(b.to(device, dtype))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] → [..., dim] in the type of the base's own output."""
-        base: Tensor = self.base_layer(ids)
-        if self.merged and self.adapters_enabled:
-            return base
-        y, scale = base, getattr(self.base_layer, "embed_scale", None)
-        for name in self._active():
-            after_a = F.embedding(ids, self.lora_embedding_A[name].T, self.base_layer.padding_idx)  # type: ignore[arg-type]
-            delta = (after_a @ self.lora_embedding_B[name].T) * self.scaling[name]
-            y = y + (delta if scale is None else delta * scale)
-        return y.to(base.dtype)
-
-    def delta_weight(self, name: str) -> Tensor:
-        a, b = self.lora_embedding_A[name].detach(), self.lora_embedding_B[name].detach()
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        delta: Tensor = (b.to(dtype) @ a.to(dtype)).T * self.scaling[name]
-        return delta
-
-
-def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    r"""The value of the first pattern that matches `path` as `(.*\.)?pattern$`, else `default`."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    def _dora(self, y: Tensor, name: str) -> Tensor:
+        """(m/n)·y of an output that holds base and branch, leaving the base's bias alone."""
+        scale = self.dora_scale(name)
+        scaled = y * scale if self.bias is None else (y - self.bias) * scale + self.bias
+        return scaled.to(y.dtype)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ferrolora.adapters.config import PeftConfig, PeftType
+from ferrolora.adapters.config import LayerConfig, PeftType, check_alpha, check_rank
 from ferrolora.adapters.init import initializer
 from ferrolora.errors import UnsupportedError
 
@@ -13,12 +13,8 @@ BIAS_CHOICES = ("none", "all", "lora_only")
 # Fields of the file format whose mathematics is not implemented: any value but the default is refused by name.
 _ONLY_DEFAULT: dict[str, Any] = {
     "megatron_config": None,
-    "trainable_token_indices": None,
-    "loftq_config": {},
-    "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
-    "use_dora": False,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -33,7 +29,7 @@ _ONLY_DEFAULT: dict[str, Any] = {
 
 
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(LayerConfig):
     r"""y = W·x + s·B·A·drop(x), with s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
 
     Args:
@@ -49,9 +45,15 @@ class LoraConfig(PeftConfig):
         use_rslora: rank-stabilised scaling, arXiv 2312.03732. Default False.
         modules_to_save: names of modules that are trained and saved in full. Default None; a classification task
             adds its heads.
-        init_lora_weights: True (A Kaiming-uniform, B zero; default), "gaussian", or False (A and B both random).
+        init_lora_weights: True (A Kaiming-uniform, B zero; default), "gaussian", False (A and B both random), "pissa",
+            "pissa_niter_<n>", "olora", "loftq" (see `loftq_config`), or "eva" (see `initialize_lora_eva_weights`).
         layers_to_transform: index or indices of the layers that get adapters. Default None: all.
         layers_pattern: name of the list of layers, when there are several. Default None.
+        trainable_token_indices: rows of the input embedding that are trained beside the adapter: a list of token ids,
+            or {name of an embedding: ids}. Default None.
+        loftq_config: {"loftq_bits": 4, "loftq_iter": 1} for "loftq"; bits count over a float base only.
+        eva_config: {"rho": 2.0, "tau": 0.99, "adjust_scaling_factors": true} for "eva".
+        use_dora: DoRA, arXiv 2402.09353: y = (m/‖W + sBA‖)·(W + sBA)·x with a trained magnitude m [out]. Default False.
         rank_pattern: {name pattern: r} for modules with another rank; a pattern matches as `(.*\.)?pattern$`.
         alpha_pattern: the same for lora_alpha.
         lora_bias: give B a trained bias. Default False.
@@ -65,22 +67,17 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
-    target_modules: Sequence[str] | str | None = None
-    exclude_modules: Sequence[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: Sequence[int] | int | None = None
-    layers_pattern: Sequence[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    trainable_token_indices: Any = None
+    trainable_token_indices: Sequence[int] | dict[str, list[int]] | None = None
     loftq_config: Any = field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
@@ -108,32 +105,25 @@ class LoraConfig(PeftConfig):
                     f"LoraConfig({name}={getattr(self, name)!r}) is not supported; the only value is {default!r}"
                 )
         self._check_numbers()
-        self._check_names()
-        initializer(self.init_lora_weights)
+        self._check_initializer()
 
     def _check_numbers(self) -> None:
-        ranks: dict[str, Any] = {"r": self.r, **self.rank_pattern}
-        alphas: dict[str, Any] = {"lora_alpha": self.lora_alpha, **self.alpha_pattern}
-        for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise UnsupportedError(f"LoraConfig: the rank of {name!r} must be a positive integer, not {rank!r}")
-        for name, alpha in alphas.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise UnsupportedError(f"LoraConfig: the alpha of {name!r} must be a number, not {alpha!r}")
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            check_rank("LoraConfig", name, rank)
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            check_alpha("LoraConfig", name, alpha)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UnsupportedError(f"LoraConfig(lora_dropout={self.lora_dropout!r}) is outside [0, 1)")
         if self.bias not in BIAS_CHOICES:
             raise UnsupportedError(f"LoraConfig(bias={self.bias!r}) is unknown; choose one of {BIAS_CHOICES}")
+        if self.use_dora and self.lora_bias:
+            raise UnsupportedError("LoraConfig(use_dora=True, lora_bias=True): DoRA has no place for a bias of B")
 
-    def _check_names(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset, tuple)):
-                setattr(self, name, sorted(value) if not isinstance(value, tuple) else list(value))
-            if isinstance(value, str) and name == "modules_to_save":
-                raise UnsupportedError(f"LoraConfig(modules_to_save={value!r}) must be a list of names")
-        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if pattern and (self.layers_to_transform is not None or self.layers_pattern):
-            raise UnsupportedError("LoraConfig: layers_to_transform needs a list of target_modules, not a pattern")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise UnsupportedError("LoraConfig: layers_pattern needs layers_to_transform")
+    def _check_initializer(self) -> None:
+        initializer(self.init_lora_weights)
+        for name, owner in (("loftq_config", "loftq"), ("eva_config", "eva")):
+            if getattr(self, name) and self.init_lora_weights != owner:
+                raise UnsupportedError(f"LoraConfig({name}=…) needs init_lora_weights={owner!r}")
+        unknown = sorted(set(self.loftq_config or {}) - {"loftq_bits", "loftq_iter"})
+        if unknown:
+            raise UnsupportedError(f"LoraConfig: loftq_config has unknown keys {unknown}")

@@ -4,9 +4,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ferrolora.adapters.base import check_adapter_name
+from ferrolora.adapters.rows import RowGroups, forward_groups
 from ferrolora.errors import TargetError, UnsupportedError
 
 
@@ -28,6 +29,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.adapters_enabled = True
+        self.row_groups: RowGroups | None = None  # set while a batch mixes adapters
 
     def adapter_names(self) -> list[str]:
         """The adapters that have a copy here."""
@@ -81,5 +83,16 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.active_module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Whatever the module in use returns."""
-        return self.active_module(*args, **kwargs)
+        """Whatever the module in use returns; in a mixed batch, a tensor with each row through its own copy."""
+        if self.row_groups is None or not self.adapters_enabled:
+            return self.active_module(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise UnsupportedError("adapter_names: a fully trained module must take one tensor to mix adapters")
+        return forward_groups(self, args[0], self.row_groups)
+
+    def forward_as(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """What the copy of the one adapter in `names`, or the original, returns."""
+        present = [name for name in names if name in self.modules_to_save]
+        module = self.modules_to_save[present[0]] if present else self.original_module
+        y: Tensor = module(x)
+        return y

@@ -200,7 +200,7 @@ def prepare(options: Options, settings: TrainSettings) -> Prepared:
 def _adapt(model: Any, options: Options, classification: bool) -> Any:
     from ferrolora.adapters.lora import LoraConfig
     from ferrolora.model.kbit import prepare_model_for_kbit_training
-    from ferrolora.model.peft_model import get_peft_model
+    from ferrolora.model.tasks import get_peft_model
 
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     targets: str | list[str] = options.targets if options.targets != ["all-linear"] else "all-linear"

@@ -1,16 +1,19 @@
 """An adapter configuration made concrete for one model."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from ferrolora.adapters.config import TaskType
-from ferrolora.adapters.lora import LoraConfig
+from ferrolora.adapters.config import ModuleConfig, PeftConfig, TaskType
+from ferrolora.adapters.ia3 import IA3Config
+from ferrolora.model.ia3_targets import fill_targets
 from ferrolora.model.targets import TASK_HEADS
 
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
-def config_for(model: nn.Module, config: LoraConfig) -> LoraConfig:
+
+def config_for(model: nn.Module, config: ConfigT) -> ConfigT:
     """A copy of `config` with what the model settles: where the base came from, and the heads its task trains.
 
     Args:
@@ -20,13 +23,15 @@ def config_for(model: nn.Module, config: LoraConfig) -> LoraConfig:
     concrete = copy.deepcopy(config)
     if concrete.base_model_name_or_path is None:
         concrete.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    if isinstance(concrete, IA3Config):
+        fill_targets(model, concrete)
     heads = TASK_HEADS.get(TaskType(concrete.task_type), ()) if concrete.task_type is not None else ()
-    if heads:
+    if heads and isinstance(concrete, ModuleConfig):
         concrete.modules_to_save = list(dict.fromkeys([*(concrete.modules_to_save or ()), *heads]))
     return concrete
 
 
-def file_fields(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+def file_fields(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     """The configuration as it is saved: in inference mode, and naming the base's class when no task does."""
     fields = config.to_dict() | {"inference_mode": True}
     if config.task_type is None:

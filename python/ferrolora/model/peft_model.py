@@ -1,7 +1,7 @@
-"""`PeftModel`: a model with adapters, and `get_peft_model`, which makes one."""
+"""`PeftModel`: a model with adapters."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, ClassVar, Literal, cast
@@ -9,13 +9,16 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ferrolora.adapters.adalora_allocator import RankAllocator
 from ferrolora.adapters.base import AdapterLayer
-from ferrolora.adapters.config import PeftConfig, TaskType
-from ferrolora.adapters.lora import LoraConfig
+from ferrolora.adapters.config import ModuleConfig, PeftConfig
+from ferrolora.adapters.registry import method_of
+from ferrolora.adapters.rows import BASE
 from ferrolora.errors import TargetError, UnsupportedError
-from ferrolora.model import files, inject, merge
+from ferrolora.model import allocation, files, hotswap, inject, merge, weighted
 from ferrolora.model.config import config_for
 from ferrolora.model.count import count_parameters
+from ferrolora.model.float_weights import FloatWeights
 from ferrolora.model.kbit import is_checkpointing, require_input_grads
 from ferrolora.model.pretrained import surface_class
 from ferrolora.model.state_dict import LoadResult, get_peft_model_state_dict
@@ -32,6 +35,8 @@ class PeftModel(nn.Module):
         peft_config: which adapter; copied, not changed.
         adapter_name: default "default".
         autocast_adapter_dtype: adapter weights are at least float32 (default True), else of the base's type.
+        float_weights: where initializers that start from the float weight of a packed base find it: a directory of
+            safetensors, or a mapping. Default None: the directory that the base was loaded from.
 
     Raises:
         TargetError: the configuration matches no module, or one that cannot be adapted.
@@ -48,14 +53,16 @@ class PeftModel(nn.Module):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
+        float_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # PreTrainedModel's own would build a model from a configuration
         if isinstance(model, PeftModel) or any(inject.wrappers(model)):
             raise UnsupportedError("the model has adapters already; add another with its add_adapter()")
         self.base_model = inject.AdaptedModel(model)
-        self.peft_config: dict[str, LoraConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
-        self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+        self._allocators: dict[str, RankAllocator] = {}
+        self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype, float_weights)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         inject.train_only_adapters(model)
         inject.activate(model, [adapter_name], self.peft_config, not peft_config.inference_mode)
@@ -67,15 +74,48 @@ class PeftModel(nn.Module):
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_names" in kwargs:
-            raise UnsupportedError("adapter_names: a different adapter for each row of a batch is not supported yet")
-        return self.base_model(*args, **kwargs)
+        with self._rows(kwargs.pop("adapter_names", None)):
+            output = self.base_model(*args, **kwargs)
+        return self._with_penalty(output) if self.training else output
+
+    def _with_penalty(self, output: Any) -> Any:
+        """Adds what the active methods want added to a training loss."""
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            penalty = method_of(config.peft_type).penalty
+            if penalty is not None and isinstance(getattr(output, "loss", None), Tensor):
+                extra = penalty(self._layers(), name, config)
+                output.loss = output.loss if extra is None else output.loss + extra
+        return output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the base model's `generate` returns, with the active adapters.
+
+        `adapter_names=[…]` gives each row of the batch its own adapter, as in a forward pass.
+        """
+        with self._rows(kwargs.pop("adapter_names", None)):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        if adapter_names is None:
+            yield
+            return
+        self._known([name for name in adapter_names if name != BASE])
+        self._refuse_merged("mixing adapters in a batch")
+        with inject.row_adapters(self.get_base_model(), adapter_names):
+            yield
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_model", "peft_config", "active_adapters"):  # not there yet while unpickling
+            if name in (
+                "base_model",
+                "peft_config",
+                "active_adapters",
+                "_allocators",
+            ):  # not there yet while unpickling
                 raise
             return getattr(self._modules["base_model"], name)
 
@@ -93,8 +133,14 @@ class PeftModel(nn.Module):
             raise TargetError(f"no adapter is active; the model has {sorted(self.peft_config)}")
         return self.active_adapters[0]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
-        """Adds a new adapter, inactive and frozen; `set_adapter` makes it count.
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        autocast_adapter_dtype: bool = True,
+        float_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Adds a new adapter, inactive and frozen; `set_adapter` makes it count. Arguments as for the class.
 
         Raises:
             TargetError: the name is taken, or the configuration matches nothing.
@@ -102,16 +148,19 @@ class PeftModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise TargetError(f"the model has an adapter {adapter_name!r} already")
-        if not isinstance(peft_config, LoraConfig):
+        if not isinstance(peft_config, ModuleConfig):
             raise UnsupportedError(f"{type(peft_config).__name__} is not the configuration of a supported method")
-        biased = [config for config in (*self.peft_config.values(), peft_config) if config.bias != "none"]
+        biased = [
+            config for config in (*self.peft_config.values(), peft_config) if inject.bias_choice(config) != "none"
+        ]
         if biased and self.peft_config:
             raise UnsupportedError(
                 "an adapter with bias != 'none' trains the base's biases, so it must be the only one"
             )
         model = self.get_base_model()
         config = config_for(model, peft_config)
-        inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype)
+        weights = FloatWeights(model, float_weights)
+        inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype, weights)
         self.peft_config[adapter_name] = config
         trainable = [p.requires_grad for p in self._parameters_of(self.active_adapters)]
         inject.activate(model, self.active_adapters, self.peft_config, any(trainable))
@@ -140,8 +189,49 @@ class PeftModel(nn.Module):
         for _, layer in inject.wrappers(self.get_base_model()):
             layer.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        self._allocators.pop(adapter_name, None)
         left = [name for name in self.active_adapters if name != adapter_name]
         self.set_adapter(left or list(self.peft_config)[:1])
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds a LoRA adapter that combines others, inactive and frozen; numbers as in PEFT.
+
+        Args:
+            adapters: names of plain LoRA adapters (no DoRA, no biases, no fully trained modules).
+            weights: one each.
+            adapter_name: of the new adapter; its scaling is 1.
+            combination_type: "linear" (A and B each for itself, equal ranks), "cat" (exact, ranks add up), "svd"
+                (default: the best rank-`svd_rank` approximation of Σ w·ΔW), "ties", "dare_linear", "dare_ties",
+                "magnitude_prune", and these four with "_svd" (on ΔW instead of on A and B).
+            svd_rank: default None: the largest rank.
+            density: share of values kept, for the four.
+            majority_sign_method: "total" (default) or "frequency", for TIES.
+
+        Raises:
+            UnsupportedError: an adapter or a combination that cannot be; the message says why.
+        """
+        self._known(adapters)
+        weighted.add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, density, majority_sign_method
+        )
+
+    def hotswap_adapter(self, model_id: str | PathLike[str], adapter_name: str = "default", **hub: Any) -> None:
+        """Puts a saved plain LoRA adapter in the place of adapter `adapter_name`: no module is added or replaced.
+
+        Modules that the new one does not adapt get zeros; one that has no place here is refused.
+        """
+        self._known([adapter_name])
+        self._refuse_merged("swapping an adapter")
+        hotswap.hotswap_adapter(self, files.locate(model_id, **hub), adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -155,6 +245,13 @@ class PeftModel(nn.Module):
             inject.enable(self.get_base_model(), True, self.peft_config)
             if merged:
                 self.merge_adapter(merged)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Moves AdaLoRA's ranks; call it after the optimizer's step `global_step` (from 1) and before `zero_grad()`.
+
+        With transformers' Trainer `ferrolora.train.callbacks.AdaLoraCallback` calls it.
+        """
+        allocation.update_and_allocate(self, global_step)
 
     # -- counting --------------------------------------------------------------------------------------------------
 
@@ -258,6 +355,7 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        float_weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         **hub: Any,
     ) -> "PeftModel":
         """Puts a saved adapter into `model`.
@@ -269,15 +367,18 @@ class PeftModel(nn.Module):
             is_trainable: train it further. Default False: frozen, and in evaluation mode.
             config: used instead of the file's. Default None.
             autocast_adapter_dtype: as for the class.
+            float_weights: as for the class.
             **hub: `subfolder`, `revision`, `token`, `cache_dir`.
 
         Raises:
             FormatError: the files do not fit each other or the model.
         """
+        from ferrolora.model.tasks import task_class  # its classes are subclasses of this one
+
         directory = files.locate(model_id, **hub)
         config = copy.copy(config) if config is not None else files.load_config(directory, is_trainable)
         config.inference_mode = not is_trainable
-        made = _task_class(config, cls)(model, config, adapter_name, autocast_adapter_dtype)
+        made = task_class(config, cls)(model, config, adapter_name, autocast_adapter_dtype, float_weights)
         files.load(made, directory, adapter_name)
         return made if is_trainable else made.eval()
 
@@ -339,61 +440,3 @@ class PeftModel(nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise TargetError(f"the model has no adapter {unknown[0]!r}; it has {sorted(self.peft_config)}")
-
-
-class PeftModelForCausalLM(PeftModel):
-    """A causal language model with adapters."""
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """An encoder-decoder language model with adapters."""
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier with adapters; its head (`classifier`, `score`) is trained and saved in full."""
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """A token classifier with adapters; its head (`classifier`, `score`) is trained and saved in full."""
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answerer with adapters; its head (`qa_outputs`) is trained and saved in full."""
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """An encoder without a head, with adapters."""
-
-
-TASK_CLASSES: dict[TaskType, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def _task_class(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:
-    return TASK_CLASSES[TaskType(config.task_type)] if config.task_type is not None else default
-
-
-def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
-) -> PeftModel:
-    """Wraps the targeted modules of `model` in place, freezes the rest, and returns the model to train.
-
-    Args:
-        model: any torch module; over a packed base run `prepare_model_for_kbit_training` first.
-        peft_config: which adapter; copied, not changed.
-        adapter_name: default "default".
-        autocast_adapter_dtype: adapter weights are at least float32 (default True), else of the base's type.
-
-    Returns:
-        A `PeftModel`, of the class that `peft_config.task_type` names.
-
-    Raises:
-        TargetError: the configuration matches no module, or one that cannot be adapted.
-    """
-    return _task_class(peft_config, PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype)

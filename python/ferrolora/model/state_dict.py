@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ferrolora.adapters.base import AdapterLayer
-from ferrolora.adapters.lora import LoraConfig
+from ferrolora.adapters.config import PeftConfig
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.errors import ShapeError, TargetError
-from ferrolora.model.inject import bias_parameters, wrappers
+from ferrolora.model.inject import bias_choice, bias_parameters, wrappers
 
 
 class LoadResult(NamedTuple):
@@ -22,7 +22,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-def adapter_keys(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, str]:
+def adapter_keys(model: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, str]:
     """{key in a file: key in `model.state_dict()`} of one adapter, read off the modules themselves.
 
     Args:
@@ -38,7 +38,7 @@ def adapter_keys(model: nn.Module, adapter_name: str, config: LoraConfig) -> dic
                     keys[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
             continue
         for container in layer.containers:
-            entries = getattr(layer, container)
+            entries = layer.entries(container)
             if adapter_name not in entries:
                 continue
             entry, place = entries[adapter_name], f"{path}.{container}"
@@ -46,8 +46,8 @@ def adapter_keys(model: nn.Module, adapter_name: str, config: LoraConfig) -> dic
                 keys[place] = f"{place}.{adapter_name}"
             else:
                 keys.update({f"{place}.{key}": f"{place}.{adapter_name}.{key}" for key in entry.state_dict()})
-    if config.bias != "none":
-        keys.update({path: path for path, _ in bias_parameters(model, config.bias)})
+    if bias_choice(config) != "none":
+        keys.update({path: path for path, _ in bias_parameters(model, bias_choice(config))})
     return keys
 
 
@@ -64,7 +64,7 @@ def embedding_keys(model: nn.Module) -> dict[str, str]:
     return keys
 
 
-def embeddings_were_resized(model: nn.Module, config: LoraConfig) -> bool:
+def embeddings_were_resized(model: nn.Module, config: PeftConfig) -> bool:
     """Whether the vocabulary differs from that of the base on disk, whose embedding would then not fit the adapter.
 
     A base that is not a directory here counts as not resized: nothing is asked of the Hub while saving.
@@ -102,7 +102,7 @@ def get_peft_model_state_dict(
     if save_embedding_layers:
         keys.update(embedding_keys(model))
     tensors = tensors_by_name(model) if state_dict is None else state_dict
-    return {key: tensors[place].detach() for key, place in keys.items()}
+    return _to_file(model, adapter_name, config, {key: tensors[place].detach() for key, place in keys.items()})
 
 
 @torch.no_grad()
@@ -125,7 +125,11 @@ def set_peft_model_state_dict(
         ShapeError: a tensor has another shape than its place.
         TargetError: the model has no such adapter.
     """
-    keys = adapter_keys(model, adapter_name, _config(model, adapter_name))
+    config = _config(model, adapter_name)
+    for path, layer in wrappers(model):
+        if isinstance(layer, AdapterLayer) and adapter_name in layer.adapter_names():
+            layer.make_room(adapter_name, _below(path, peft_model_state_dict))
+    keys = adapter_keys(model, adapter_name, config)
     places = tensors_by_name(model)
     unexpected = []
     for key, tensor in peft_model_state_dict.items():
@@ -143,6 +147,23 @@ def set_peft_model_state_dict(
     return LoadResult([key for key in keys if key not in peft_model_state_dict], unexpected)
 
 
+def _to_file(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lets each layer turn its own tensors into what a file holds of them."""
+    for path, layer in wrappers(model):
+        if isinstance(layer, AdapterLayer) and name in layer.adapter_names():
+            own = _below(path, tensors)
+            saved = layer.to_file(name, own, config, path.removeprefix("base_model.model."))
+            if saved is not own:
+                tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{path}.")}
+                tensors.update({f"{path}.{key}": value for key, value in saved.items()})
+    return tensors
+
+
+def _below(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `path`, by the rest of their keys."""
+    return {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
+
+
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under every name they have; unlike `state_dict()` this packs nothing for a file."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -155,8 +176,8 @@ def _is_duplicate(model: nn.Module, key: str) -> bool:
     return bool(rest) and owner in saved
 
 
-def _config(model: nn.Module, adapter_name: str) -> LoraConfig:
-    configs: dict[str, LoraConfig] = getattr(model, "peft_config", {})
+def _config(model: nn.Module, adapter_name: str) -> PeftConfig:
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise TargetError(f"the model has no adapter {adapter_name!r}; it has {sorted(configs)}")
     return configs[adapter_name]

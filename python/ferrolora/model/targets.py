@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ferrolora.adapters.base import AdapterLayer
-from ferrolora.adapters.config import TaskType
-from ferrolora.adapters.lora import LoraConfig, is_transposed_linear
+from ferrolora.adapters.config import ModuleConfig, TaskType
+from ferrolora.adapters.lora import is_transposed_linear
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.errors import TargetError
 
@@ -55,7 +55,7 @@ def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: Sequence[str]) -> list[str]:
+def find_targets(model: nn.Module, config: ModuleConfig, saved: Sequence[str]) -> list[str]:
     """Paths of the modules that `config` wants adapted, in the model's order.
 
     Args:
@@ -123,12 +123,12 @@ def _is_linear(module: nn.Module) -> bool:
     return is_linear or is_transposed_linear(module)
 
 
-def _in_layers(path: str, config: LoraConfig) -> bool:
-    if config.layers_to_transform is None:
+def _in_layers(path: str, config: ModuleConfig) -> bool:
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
         return True
-    wanted = config.layers_to_transform
     indices = [wanted] if isinstance(wanted, int) else wanted
-    patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = getattr(config, "layers_pattern", None) or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)  # the first index: experts may hold another
         if match:
@@ -136,7 +136,7 @@ def _in_layers(path: str, config: LoraConfig) -> bool:
     return False
 
 
-def _nothing_matched(config: LoraConfig, names: Sequence[str]) -> str:
+def _nothing_matched(config: ModuleConfig, names: Sequence[str]) -> str:
     target = config.target_modules
     asked = [target] if isinstance(target, str) else list(target or [ALL_LINEAR])
     leaves = sorted({path.rpartition(".")[2] for path in names if not path.rpartition(".")[2].isdigit()})
@@ -145,7 +145,7 @@ def _nothing_matched(config: LoraConfig, names: Sequence[str]) -> str:
     limits = {
         key: getattr(config, key)
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        if getattr(config, key)
+        if getattr(config, key, None)
     }
     but = f" with {limits}" if limits else ""
     listed = ", ".join(list(dict.fromkeys(near)) or leaves[:20])

@@ -111,6 +111,13 @@ class QuantLinear(nn.Linear):
         """The float weight `[N, K]`, freshly decoded, in `dtype` (default None: `compute_dtype`)."""
         return self.quant_tensor().dequantize(dtype)
 
+    def with_weight(self, weight: Tensor) -> "QuantLinear":
+        """A layer like this one over another float weight `[N, K]`, quantized the same way; the bias is shared."""
+        qt = quantize(weight.detach().to(self.weight.device).contiguous(), self.spec)
+        layer = type(self).from_quant_tensor(qt, self.bias)
+        layer.compute_dtype = self.compute_dtype
+        return layer.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x·deq(W)ᵀ + bias`: x `[..., K]`, float32, float16 or bfloat16, to `[..., N]` in the type of x."""
         return self._linear(x, None)

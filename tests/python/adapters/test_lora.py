@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ferrolora as fl
-from ferrolora.adapters.lora import LoraEmbedding, LoraLinear, pattern_value, wrap
+from ferrolora.adapters.config import pattern_value
+from ferrolora.adapters.lora import LoraEmbedding, LoraLinear, wrap
 from ferrolora.ops.linear import LowRank
 
 
@@ -164,12 +165,19 @@ def test_one_active_adapter_over_a_base_that_offers_it_is_one_fused_call() -> No
     assert [call.dropout_p for call in layer.base_layer.calls] == [0.0, 0.25]
 
 
-def test_two_active_adapters_or_a_bias_of_b_take_the_plain_path() -> None:
+def test_several_active_adapters_are_stacked_into_one_fused_call() -> None:
     x = torch.randn(3, 8)
-    for adapters in ({"a": {"r": 4}, "b": {"r": 2}}, {"a": {"r": 4, "lora_bias": True}}):
-        layer = layer_with(adapters, fused_linear())  # type: ignore[arg-type]
-        layer(x)
-        assert layer.base_layer.calls == []
+    layer = layer_with({"a": {"r": 4}, "b": {"r": 2, "lora_alpha": 3}}, fused_linear())
+    expected = layer.base_layer(x) + delta(layer, "a", x) + delta(layer, "b", x)
+    # the same six products of each output in another order of sums: float32 values of order 1
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
+    assert [call.A.shape[0] for call in layer.base_layer.calls] == [6]
+
+
+def test_adapters_with_dropout_see_other_inputs_and_take_the_plain_path() -> None:
+    layer = layer_with({"a": {"r": 4, "lora_dropout": 0.5}, "b": {"r": 2}}, fused_linear()).train()
+    layer(torch.randn(3, 8))
+    assert layer.base_layer.calls == []
 
 
 def test_disabled_adapters_leave_the_base() -> None:

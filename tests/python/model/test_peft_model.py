@@ -134,11 +134,6 @@ def test_reentrant_checkpointing_of_a_base_that_had_it_on_trains_too() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_different_adapter_for_each_row_is_refused_by_name() -> None:
-    with pytest.raises(fl.UnsupportedError, match="adapter_names"):
-        adapted()(input_ids=models.token_ids(), adapter_names=["default", "__base__"])
-
-
 def test_copies_and_pickles_answer_as_the_original() -> None:
     model = adapted(task_type="CAUSAL_LM")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -2,17 +2,15 @@
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
+
+from ferrolora.adapters.init.start import Start
 
 
-def kaiming(a: Tensor, b: Tensor) -> None:
+def kaiming(start: Start) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt(5); B = 0.
-
-    Args:
-        a: [r, in], filled in place.
-        b: [out, r], filled in place.
 
     Source: LoRA, arXiv 2106.09685, and its reference code.
     """
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.zeros_(b)
+    nn.init.kaiming_uniform_(start.a, a=math.sqrt(5))
+    nn.init.zeros_(start.b)

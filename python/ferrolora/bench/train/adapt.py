@@ -14,8 +14,8 @@ from ferrolora.adapters.lora import LoraConfig
 from ferrolora.bench.contender import OURS, PEFT
 from ferrolora.bench.inputs import SPEC
 from ferrolora.bench.train.models import Model
-from ferrolora.model.peft_model import get_peft_model
 from ferrolora.model.quantize import quantize_model
+from ferrolora.model.tasks import get_peft_model
 
 RANK, ALPHA = 16, 32
 FLOAT = "float"  # LoRA over the float model: nothing is quantized
