@@ -231,7 +231,8 @@ class _LinearGroup(torch.autograd.Function):
             weights = (codes, absmax, nested, offset, *ctx.problem)
             branches = (lora_a, lora_b, *ctx.scalars, seed)
             found = torch.ops.ferrolora.linear_group_backward(dy, x, s, *weights, *branches, needs)
-            dx, da, db = (got if need else none for got, need, none in zip(found, needs, (dx, da, db), strict=True))
+            dx = found[0] if needs[0] else None
+            da, db = found[1] if needs[1] else da, found[2] if needs[2] else db
         d_bias = [
             bias_gradient(dy[i], ctx.problem[2][i], ctx.bias_dtypes[i]) if ctx.needs_input_grad[2 + i] else None
             for i in range(count)

@@ -22,3 +22,10 @@ pub mod simd;
 
 pub use error::{Error, Result};
 pub use exec::Exec;
+
+// A module of the unit tests, not a test of its own: that would compile this crate a second time, for minutes.
+#[cfg(test)]
+extern crate self as ferrolora_core;
+#[cfg(test)]
+#[path = "../../../tests/rust/golden.rs"]
+mod golden;
