@@ -19,9 +19,7 @@ template <class T> struct Dense {
 
     FL_DEVICE void run(i64 line, i64 pos, float (&out)[8]) const {
         if (line >= lines || pos >= width) return zero8(out);
-        const T* p = data + line * width + pos;
-        if (width % 8 == 0) load8(p, out);
-        else load8_tail(p, width - pos, out);
+        load_run(data + line * width, width, pos, out);
     }
 };
 

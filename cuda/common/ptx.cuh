@@ -15,7 +15,7 @@ typedef long long i64;
 #define FL_DEVICE __device__ __forceinline__
 #define FL_DEVICE_CONSTEXPR __device__ constexpr
 #define FL_TABLE static __device__ const
-#define FL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define FL_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) // threads, least blocks a processor
 #define FL_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define FL_ARCH (__CUDA_ARCH__ / 10)
 #else
@@ -23,7 +23,7 @@ typedef long long i64;
 #define FL_DEVICE inline
 #define FL_DEVICE_CONSTEXPR constexpr
 #define FL_TABLE static const
-#define FL_KERNEL(threads) extern "C" void
+#define FL_KERNEL(...) extern "C" void
 #define FL_SHARED(type, name, count)                                                                                   \
     static const char name##_site = 0;                                                                                 \
     type* const name = static_cast<type*>(emulator::static_shared(&name##_site, sizeof(type) * (count)))

@@ -16,6 +16,13 @@ public:
     FL_DEVICE Scales(const void* absmax, const float*, const float*) : absmax_(static_cast<const float*>(absmax)) {}
     FL_DEVICE float at(i64 block) const { return load(absmax_ + block); }
 
+    // The same in two steps: `fetch` only loads, so that the wait for memory falls to `finish`.
+    struct Raw {
+        float absmax;
+    };
+    FL_DEVICE Raw fetch(i64 block) const { return {at(block)}; }
+    FL_DEVICE float finish(const Raw& raw) const { return raw.absmax; }
+
 private:
     const float* absmax_;
 };
@@ -24,9 +31,16 @@ template <> class Scales<true> {
 public:
     FL_DEVICE Scales(const void* absmax, const float* nested, const float* offset)
         : codes_(static_cast<const u8*>(absmax)), nested_(nested), offset_(load(offset)) {}
+    FL_DEVICE float at(i64 block) const { return finish(fetch(block)); }
+
+    struct Raw {
+        u32 code;
+        float nested;
+    };
+    FL_DEVICE Raw fetch(i64 block) const { return {load(codes_ + block), load(nested_ + block / NESTED_BLOCK_SIZE)}; }
     // Two roundings, as every reader of the format does: not a fused multiply-add.
-    FL_DEVICE float at(i64 block) const {
-        return add_rn(mul_rn(dynamic8(load(codes_ + block)), load(nested_ + block / NESTED_BLOCK_SIZE)), offset_);
+    FL_DEVICE float finish(const Raw& raw) const {
+        return add_rn(mul_rn(dynamic8(raw.code), raw.nested), offset_);
     }
 
 private:

@@ -1,6 +1,7 @@
 // Sums whose depth is split among blocks: each stores its part, and the last to arrive adds the parts in their order.
 #pragma once
 #include "reduce.cuh"
+#include "vec.cuh"
 
 // The steps [first, last) of `steps` that fall to this block of grid_z().
 struct Share {
@@ -16,11 +17,23 @@ struct Parts {
     float* partial; // [splits, size]
     i64 size;
 
-    FL_DEVICE void put(i64 index, float value) const { store(partial + block_z() * size + index, value); }
+    FL_DEVICE float* mine() const { return partial + block_z() * size; }
+    FL_DEVICE void put(i64 index, float value) const { store(mine() + index, value); }
     FL_DEVICE float sum(i64 index) const {
         float total = 0.0f;
         for (int z = 0; z < grid_z(); ++z) total += load(partial + z * size + index);
         return total;
+    }
+    // Elements (row, col) … (row, col + 7) of an output of `cols` columns.
+    FL_DEVICE void sum_run(i64 row, i64 cols, i64 col, float (&total)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total[i] = 0.0f;
+        for (int z = 0; z < grid_z(); ++z) {
+            float part[8];
+            load_run(partial + z * size + row * cols, cols, col, part);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) total[i] += part[i];
+        }
     }
 };
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from ferrolora import QuantSpec, QuantTensor, _native, quantize
 from kernels.emulator import Out
 from kernels.problem import ROUNDING, TYPES, codec_constants, nan, parts, weight
-from torch import Tensor
 
 SEED = 0x1234_5678_9ABC_DEF
 
@@ -103,10 +104,13 @@ def assert_close(got: Tensor, terms: list[tuple[Tensor, Tensor]], type_name: str
     assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
 
 
-def run_forward(kernel: Any, problem: Problem, grid: tuple[int, int, int], threads: int, **launch: Any) -> dict[str, Any]:
+def run_forward(
+    kernel: Any, problem: Problem, grid: tuple[int, int, int], threads: int, x: Tensor | None = None, **launch: Any
+) -> dict[str, Any]:
     """Launches a kernel with the arguments of `gemv_4bit`; the operands and y."""
     p, qt = problem, problem.weight()
-    x, s = p.random(p.m, p.k, seed=4), p.random(p.m, p.rank, seed=5)
+    x = p.random(p.m, p.k, seed=4) if x is None else x.to(p.dtype)
+    s = p.random(p.m, p.rank, seed=5)
     bias = p.random(p.n, seed=6) if p.bias else None
     b = p.operands()[1]
     y = nan(p.m, p.n, dtype=p.dtype)
@@ -118,7 +122,9 @@ def run_forward(kernel: Any, problem: Problem, grid: tuple[int, int, int], threa
     return {"x": x, "qt": qt, "s": s, "bias": bias, "b": b, "y": y}
 
 
-def run_backward(kernel: Any, problem: Problem, grid: tuple[int, int, int], threads: int, **launch: Any) -> dict[str, Any]:
+def run_backward(
+    kernel: Any, problem: Problem, grid: tuple[int, int, int], threads: int, **launch: Any
+) -> dict[str, Any]:
     """Launches a kernel with the arguments of `gemm_4bit_backward`; the operands and dX."""
     p, qt = problem, problem.weight()
     dy, ds = p.random(p.m, p.n, seed=7), p.random(p.m, p.rank, seed=8, dtype=torch.float32)

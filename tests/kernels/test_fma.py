@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kernels.emulator import Kernel, Out
 from kernels.linear import SEED_TENSOR, Problem, assert_close, run_backward, run_forward
 from kernels.problem import TYPES, ceil_div, nan, parts
