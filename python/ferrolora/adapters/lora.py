@@ -15,6 +15,7 @@ from ferrolora.adapters.lora_conv import LoraConv
 from ferrolora.adapters.lora_embedding import LoraEmbedding
 from ferrolora.adapters.lora_layer import LoraLayer, LowRankBase
 from ferrolora.adapters.rows import BASE, RowGroups
+from ferrolora.adapters.siblings import SharedInput
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.ops.linear import LowRank
 
@@ -71,6 +72,7 @@ class LoraLinear(LoraLayer):
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.shared_input: SharedInput | None = None
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
@@ -100,7 +102,7 @@ class LoraLinear(LoraLayer):
         plain = [name for name in names if not self.uses_dora(name)]
         stackable = len(names) == 1 or (len(plain) == len(names) and self._same_input(names))
         if stackable and hasattr(self.base_layer, "forward_with_low_rank"):
-            y = cast(LowRankBase, self.base_layer).forward_with_low_rank(x, self._low_rank(names))
+            y = self._fused(x, self._low_rank(names))
             y = self._with_biases(y, plain)
             return y if plain else self._dora(y, names[0])
         base: Tensor = self.base_layer(x)
@@ -140,6 +142,18 @@ class LoraLinear(LoraLayer):
         dropped = F.dropout(x.to(a.weight.dtype), self.lora_dropout[name], self.training)
         branch: Tensor = b(a(dropped)) * self.scaling[name]
         return branch
+
+    def fused_operand(self) -> LowRank | None:
+        """The branch that a call would now hand to the base in one fused call; None if it would do anything else."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.row_groups is not None or self.merged or not self.adapters_enabled:
+            return None
+        return self._low_rank(names)
+
+    def _fused(self, x: Tensor, lora: LowRank) -> Tensor:
+        if self.shared_input is not None:
+            return self.shared_input.forward(self, x, lora)
+        return cast(LowRankBase, self.base_layer).forward_with_low_rank(x, lora)
 
     def _same_input(self, names: Sequence[str]) -> bool:
         return not self.training or not any(self.lora_dropout[name] for name in names)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ferrolora.errors import FormatError, ShapeError
 from ferrolora.nn.quant_state import from_state, read_spec, state_keys, to_state
 from ferrolora.ops.linear import LowRank, linear_packed
+from ferrolora.ops.linear_group import Packed
 from ferrolora.ops.quantize import quantize
 from ferrolora.spec import QuantSpec
 from ferrolora.tensor import QuantTensor, expected_parts
@@ -126,9 +127,9 @@ class QuantLinear(nn.Linear):
         """`x·deq(W)ᵀ + bias + scaling·(drop(x)·Aᵀ)·Bᵀ` in one fused call; shapes as `ferrolora.linear`."""
         return self._linear(x, lora)
 
-    def _linear(self, x: Tensor, lora: LowRank | None) -> Tensor:
-        return linear_packed(
-            x,
+    def packed(self, lora: LowRank | None) -> Packed:
+        """Its part in a `linear_group`, for layers that share x."""
+        return Packed(
             self.weight,
             self.weight_absmax,
             self.weight_nested_absmax,
@@ -140,6 +141,9 @@ class QuantLinear(nn.Linear):
             self.bias,
             lora,
         )
+
+    def _linear(self, x: Tensor, lora: LowRank | None) -> Tensor:
+        return linear_packed(x, *self.packed(lora))
 
     def extra_repr(self) -> str:
         spec = self.spec
