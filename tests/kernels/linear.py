@@ -1,7 +1,7 @@
 """Problems of the quantized linear for the kernel tests, and what the kernels must give, in float64.
 
-The references round where a kernel rounds (16-bit tables, 16-bit operands of the low-rank branch) and nowhere else, so the
-tolerance is that of float32 sums and of one rounding of the output.
+The references round where a kernel rounds (16-bit tables, 16-bit operands of the low-rank branch) and nowhere else, so
+the tolerance is that of float32 sums and of one rounding of the output.
 """
 
 from dataclasses import dataclass, field, replace
@@ -89,17 +89,37 @@ def table_rounded(qt: QuantTensor, dtype: torch.dtype) -> Tensor:
     return codebook[nibbles.long()].reshape(qt.shape) * scale.double()
 
 
-def assert_close(got: Tensor, terms: list[tuple[Tensor, Tensor]], type_name: str, extra: Tensor | float = 0.0) -> None:
-    """`got` is Σ left @ right (+ extra) up to float32 sums and one rounding to its type.
+@dataclass(frozen=True)
+class Term:
+    """`mask ⊙ (left @ right)`, in float64."""
 
-    A float32 sum of n products errs by at most n · 2⁻²⁴ of the sum of their magnitudes (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2002, section 3.1); eight more roundings are for scales, splits and the epilogue.
+    left: Tensor
+    right: Tensor
+    mask: Tensor | None = None
+
+    def value(self) -> Tensor:
+        return self._product(self.left.double(), self.right.double())
+
+    def size(self) -> Tensor:
+        """The same of the magnitudes: what the error of the sum is measured by."""
+        return self._product(self.left.double().abs(), self.right.double().abs())
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right if self.mask is None else self.mask.double() * (left @ right)
+
+
+def assert_close(got: Tensor, terms: list[Term], type_name: str, addend: Tensor | None = None) -> None:
+    """`got` is the sum of the terms and of `addend`, up to float32 sums and one rounding to its type.
+
+    A float32 sum of n products errs by at most n · 2⁻²⁴ of the sum of their magnitudes (Higham, Accuracy and Stability
+    of Numerical Algorithms, 2002, section 3.1); eight more roundings are for scales, splits and the epilogue.
     """
-    expected = sum((left.double() @ right.double() for left, right in terms), torch.zeros(1).double()) + extra
-    size = sum((left.double().abs() @ right.double().abs() for left, right in terms), torch.zeros(1).double())
-    depth = sum(left.shape[1] for left, _ in terms) + 8
+    extra = torch.zeros(1).double() if addend is None else addend.double()
+    expected = sum((term.value() for term in terms), extra)
+    size = sum((term.size() for term in terms), extra.abs())
+    depth = sum(term.left.shape[1] for term in terms) + 8
     # 2⁻²⁵: half of the smallest subnormal float16, the error of one that underflows.
-    bound = ROUNDING[type_name] * expected.abs() + depth * 2.0**-24 * (size + abs(extra)) + 2.0**-25
+    bound = ROUNDING[type_name] * expected.abs() + depth * 2.0**-24 * size + 2.0**-25
     wrong = ~((got.double() - expected).abs() <= bound)  # NaN is wrong too
     assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.emulator import Kernel, Out
-from kernels.linear import SEED_TENSOR, Problem, assert_close, run_backward, run_forward
+from kernels.linear import SEED_TENSOR, Problem, Term, assert_close, run_backward, run_forward
 from kernels.problem import TYPES, ceil_div, nan, parts
 
 FORWARD = [
@@ -25,8 +25,8 @@ def test_forward_is_the_product_with_the_decoded_weight(p: Problem) -> None:
     kernel = Kernel("fma.cu", "fma_forward", p.macros(qt))
     grid = (ceil_div(p.n, 64), ceil_div(p.m, 64), p.splits)
     out = run_forward(kernel, p, grid, 256)
-    terms = [(out["x"], qt.dequantize(torch.float32).T), (p.scaling * out["s"].double(), out["b"].T)]
-    assert_close(out["y"], terms, p.type_name, out["bias"].double() if p.bias else 0.0)
+    terms = [Term(out["x"], qt.dequantize(torch.float32).T), Term(p.scaling * out["s"].double(), out["b"].T)]
+    assert_close(out["y"], terms, p.type_name, out["bias"])
 
 
 @pytest.mark.parametrize("p", [*FORWARD, *DROPOUT], ids=str)
@@ -34,8 +34,8 @@ def test_backward_is_the_product_with_the_decoded_weight_and_the_masked_branch(p
     qt = p.weight()
     kernel = Kernel("fma.cu", "fma_backward", p.macros(qt))
     out = run_backward(kernel, p, (ceil_div(p.k, 64), ceil_div(p.m, 64), p.splits), 256)
-    branch = (out["ds"].double() @ out["a"].double()) * p.mask()
-    assert_close(out["dx"], [(out["dy"], qt.dequantize(torch.float32))], p.type_name, branch)
+    terms = [Term(out["dy"], qt.dequantize(torch.float32)), Term(out["ds"], out["a"], p.mask())]
+    assert_close(out["dx"], terms, p.type_name)
 
 
 @pytest.mark.parametrize("p", [*FORWARD[1:5], *DROPOUT], ids=str)
@@ -53,20 +53,20 @@ def test_the_branch_gives_s_and_its_gradients(p: Problem) -> None:
     work = p.workspace(p.m * p.rank, ceil_div(p.m, 64) * tiles)
     grid = (tiles, ceil_div(p.m, 64), p.splits)
     Kernel("fma_lora.cu", "fma_lora_input", macros)(grid, 256, x, a, seed, Out(s_out), *work, p.m, p.k, *dropout)
-    assert_close(s_out, [(dropped, a.T)], p.type_name)
+    assert_close(s_out, [Term(dropped, a.T)], p.type_name)
 
     Kernel("fma_lora.cu", "fma_lora_ds", macros)(grid, 256, dy, b, Out(ds), *work, p.m, p.n, p.scaling)
-    assert_close(ds, [(p.scaling * dy.double(), b)], "float")
+    assert_close(ds, [Term(p.scaling * dy.double(), b)], "float")
 
     work = p.workspace(p.n * p.rank, ceil_div(p.n, 64) * tiles)
     grid = (tiles, ceil_div(p.n, 64), p.splits)
     Kernel("fma_lora.cu", "fma_lora_db", macros)(grid, 256, dy, s, Out(db), *work, p.m, p.n, p.scaling)
-    assert_close(db, [(p.scaling * dy.double().T, s)], p.lora_type)
+    assert_close(db, [Term(p.scaling * dy.double().T, s)], p.lora_type)
 
     work = p.workspace(p.rank * p.k, ceil_div(p.k, 64) * tiles)
     grid = (ceil_div(p.k, 64), tiles, p.splits)
     Kernel("fma_lora.cu", "fma_lora_da", macros)(grid, 256, x, ds, seed, Out(da), *work, p.m, p.k, *dropout)
-    assert_close(da, [(ds.T, dropped)], p.lora_type)
+    assert_close(da, [Term(ds.T, dropped)], p.lora_type)
 
 
 def test_the_whole_chain_agrees_with_the_operator_of_the_core() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.emulator import Kernel
-from kernels.linear import Problem, assert_close, run_backward, run_forward, table_rounded
+from kernels.linear import Problem, Term, assert_close, run_backward, run_forward, table_rounded
 from kernels.problem import TYPES, ceil_div
 
 SMALL = {"FL_TILE_M": 16, "FL_TILE_N": 64, "FL_WARPS_M": 1, "FL_WARPS_N": 2, "FL_STAGES": 3, "FL_EXACT": 0}
@@ -62,13 +62,13 @@ def forward(p: Problem, **constants: Any) -> dict[str, Any]:
 def assert_forward(p: Problem, out: dict[str, Any]) -> None:
     exact = p.constants["FL_EXACT"]
     weight = out["qt"].dequantize(p.dtype) if exact else table_rounded(out["qt"], p.dtype)
-    terms = [(out["x"], weight.T), (p.scaling * out["s"].double(), rounded(out["b"], p).T)]
-    assert_close(out["y"], terms, p.type_name, out["bias"].double() if p.bias else 0.0)
+    terms = [Term(out["x"], weight.T), Term(p.scaling * out["s"].double(), rounded(out["b"], p).T)]
+    assert_close(out["y"], terms, p.type_name, out["bias"])
 
 
 def assert_backward(p: Problem, out: dict[str, Any]) -> None:
-    branch = (rounded(out["ds"], p) @ rounded(out["a"], p)) * p.mask()
-    assert_close(out["dx"], [(out["dy"], out["qt"].dequantize(p.dtype))], p.type_name, branch)
+    branch = Term(rounded(out["ds"], p), rounded(out["a"], p), p.mask())
+    assert_close(out["dx"], [Term(out["dy"], out["qt"].dequantize(p.dtype)), branch], p.type_name)
 
 
 @pytest.mark.parametrize("p", FORWARD, ids=str)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kernels.emulator import Kernel
-from kernels.linear import Problem, assert_close, run_forward, table_rounded
+from kernels.linear import Problem, Term, assert_close, run_forward, table_rounded
 from kernels.problem import ceil_div
 
 DEFAULT = {"FL_PAIR_TABLE": 0, "FL_WARPS": 2, "FL_TILES": 1}
@@ -26,8 +26,8 @@ def check(p: Problem, seed: int = 0) -> None:
     kernel = Kernel("gemv_4bit.cu", "gemv_4bit", p.macros(p.weight()))
     grid = (ceil_div(p.n, 16 * p.constants["FL_TILES"]), 1, p.splits)
     out = run_forward(kernel, p, grid, 32 * p.constants["FL_WARPS"], seed=seed)
-    terms = [(out["x"], table_rounded(out["qt"], p.dtype).T), (p.scaling * out["s"].double(), out["b"].T)]
-    assert_close(out["y"], terms, p.type_name, out["bias"].double() if p.bias else 0.0)
+    terms = [Term(out["x"], table_rounded(out["qt"], p.dtype).T), Term(p.scaling * out["s"].double(), out["b"].T)]
+    assert_close(out["y"], terms, p.type_name, out["bias"])
 
 
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
