@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ferrolora.adapters.loha import LoHaConfig as LoHaConfig
     from ferrolora.adapters.lora import LoraConfig as LoraConfig
     from ferrolora.adapters.lora_plus import lora_plus_groups as lora_plus_groups
+    from ferrolora.adapters.siblings import share_inputs as share_inputs
     from ferrolora.errors import CudaError as CudaError
     from ferrolora.errors import FerroloraError as FerroloraError
     from ferrolora.errors import FormatError as FormatError
@@ -62,6 +63,7 @@ _HOME = {  # public name -> the module that defines it
     "linear": "ferrolora.ops.linear",
     "LowRank": "ferrolora.ops.linear",
     "linear_group": "ferrolora.ops.linear_group",
+    "share_inputs": "ferrolora.adapters.siblings",
     "Sibling": "ferrolora.ops.linear_group",
     "QuantSpec": "ferrolora.spec",
     "QuantTensor": "ferrolora.tensor",

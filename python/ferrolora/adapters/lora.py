@@ -15,7 +15,7 @@ from ferrolora.adapters.lora_conv import LoraConv
 from ferrolora.adapters.lora_embedding import LoraEmbedding
 from ferrolora.adapters.lora_layer import LoraLayer, LowRankBase
 from ferrolora.adapters.rows import BASE, RowGroups
-from ferrolora.adapters.siblings import SharedInput
+from ferrolora.adapters.siblings import InputGroup
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.ops.linear import LowRank
 
@@ -72,7 +72,7 @@ class LoraLinear(LoraLayer):
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.shared_input: SharedInput | None = None
+        self.shared_input: InputGroup | None = None
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight

@@ -1,7 +1,7 @@
 """Layers that read the same x (q, k, v; gate, up): the first that is called computes all of them in one operator.
 
-Nothing is assumed of names: who shares x is observed in a first round of calls, and a group whose results are not
-fetched (a cross-attention whose keys have another source, a layer that is skipped) is given up.
+Which layers those are is found by one forward pass on an example, not guessed from names, and never changes by
+itself: a checkpointed region must save in its second run what it saved in its first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,6 +22,13 @@ class Sibling(Protocol):
 
     def fused_operand(self) -> LowRank | None:
         """The branch that a call would now hand to the base in one fused call; None if it would do anything else."""
+
+
+class InputGroup(Protocol):
+    """What an adapter layer hands its fused call to."""
+
+    def forward(self, layer: Any, x: Tensor, lora: LowRank) -> Tensor:
+        """`layer.base_layer.forward_with_low_rank(x, lora)`."""
 
 
 class _State(NamedTuple):
@@ -61,76 +68,49 @@ class _Results:
 
 
 class SharedInput:
-    """The layers of one parent module, which may or may not be called with the same x."""
+    """Layers that are called with the same x, in the order in which they are called.
+
+    The first one's call computes all. Another one's call fetches its result, or computes it by itself if its x, its
+    parameters or a mode are not those that it was computed with. Results that nobody fetches are kept until the next.
+    """
 
     def __init__(self, layers: Sequence[Sibling]) -> None:
-        self._layers = {id(layer): layer for layer in layers}
-        self._observing = True  # in the first round of calls
-        self._seen: dict[int, int] = {}  # layer -> which of the inputs it had
-        self._inputs: list[ref[Tensor]] = []
-        self._groups: dict[int, tuple[int, ...]] = {}  # layer -> the group it is in
+        self._layers = tuple(layers)
         self._results: _Results | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start afresh: `id`s and waiting results mean nothing there."""
-        return {"layers": list(self._layers.values())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        SharedInput.__init__(self, state["layers"])
+        """Without the results that wait: they belong to a call of the original."""
+        return {"_layers": self._layers, "_results": None}
 
     def forward(self, layer: Any, x: Tensor, lora: LowRank) -> Tensor:
-        """`layer.base_layer.forward_with_low_rank(x, lora)`, by itself or out of a group's results."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or id(layer) not in self._layers:
+        """`layer.base_layer.forward_with_low_rank(x, lora)`, by itself or out of the group's results."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
             return _alone(layer, x, lora)
-        if self._observing:
-            self._observe(id(layer), x)
-        if id(layer) not in self._groups:
-            return _alone(layer, x, lora)
+        if layer is self._layers[0]:
+            return self._compute(layer, x, lora)
         # Read once: another thread may put its own results here, which are never mixed with these.
-        results, state = self._results, _state(layer.base_layer, lora)
-        if results is not None:
-            y = results.take(layer, x, state)
-            if not results.outputs:
-                self._results = None
-            if y is not None:
-                return y
-            if results.outputs:
-                self._give_up(results)
-                return _alone(layer, x, lora)
-        return self._compute(layer, x, lora)
+        results = self._results
+        if results is None:
+            return _alone(layer, x, lora)
+        y = results.take(layer, x, _state(layer.base_layer, lora))
+        if not results.outputs:
+            self._results = None
+        return _alone(layer, x, lora) if y is None else y
 
-    def _observe(self, layer: int, x: Tensor) -> None:
-        """Notes a call; the first repeated one ends the round, and those that had the same x become groups."""
-        if layer not in self._seen:
-            same = (i for i, seen in enumerate(self._inputs) if seen() is x)
-            self._seen[layer] = next(same, len(self._inputs))
-            self._inputs.append(ref(x))
-            return
-        by_input: dict[int, list[int]] = {}
-        for seen, which in self._seen.items():
-            by_input.setdefault(which, []).append(seen)
-        self._groups = {key: tuple(group) for group in by_input.values() if len(group) > 1 for key in group}
-        self._observing = False
-
-    def _give_up(self, results: _Results) -> None:
-        """Results were computed for a layer that then had another x, or was not called: it is in no group again."""
-        for missed in results.outputs:
-            self._groups.pop(missed, None)
-        self._results = None
-
-    def _compute(self, layer: Any, x: Tensor, lora: LowRank) -> Tensor:
-        members = [(layer, lora)]
-        for key in self._groups[id(layer)]:
-            other: Any = self._layers[key]
-            if other is not layer and key in self._groups and (operand := _operand(other, x)) is not None:
+    def _compute(self, leader: Any, x: Tensor, lora: LowRank) -> Tensor:
+        members = [(leader, lora)]
+        for other in self._layers[1:]:
+            operand = _operand(other, x)
+            if operand is not None:
                 members.append((other, operand))
         if len(members) == 1:
-            return _alone(layer, x, lora)
+            return _alone(leader, x, lora)
         packed: list[Packed] = [member.base_layer.packed(branch) for member, branch in members]
         y, *others = linear_group_packed(x, packed)
-        states = [_state(member.base_layer, branch) for member, branch in members[1:]]
-        waiting = zip(members[1:], states, others, strict=True)
-        self._results = _Results(x, {id(member): (state, out) for (member, _), state, out in waiting})
+        waiting = zip(members[1:], others, strict=True)
+        self._results = _Results(
+            x, {id(member): (_state(member.base_layer, branch), out) for (member, branch), out in waiting}
+        )
         return y
 
 
@@ -154,15 +134,70 @@ def _operand(layer: Any, x: Tensor) -> LowRank | None:
     return lora if here else None
 
 
-def share_inputs(model: nn.Module) -> None:
-    """Lets the adapter layers of one parent that have as many inputs, and a base that offers `packed`, share x."""
-    for parent in model.modules():
-        families: dict[int, list[Any]] = {}
-        for child in parent.children():
-            if hasattr(child, "fused_operand") and hasattr(child.base_layer, "packed"):
-                base: Any = child.base_layer
-                families.setdefault(base.in_features, []).append(child)
-        for layers in families.values():
-            shared = SharedInput(layers) if len(layers) > 1 else None
-            for layer in layers:
-                layer.shared_input = shared
+class _Observer:
+    """Stands in for a `SharedInput` during the example: notes which layers have the same x."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[int, tuple[ref[Tensor], list[Sibling]]] = {}
+        self._calls: dict[int, int] = {}
+        self.groups: list[list[Sibling]] = []
+
+    def forward(self, layer: Any, x: Tensor, lora: LowRank) -> Tensor:
+        self._calls[id(layer)] = self._calls.get(id(layer), 0) + 1
+        known = self._inputs.get(id(x))
+        if known is None or known[0]() is not x:  # new, or an id that was somebody else's
+            known = (ref(x), [])
+            self._inputs[id(x)] = known
+            self.groups.append(known[1])
+        known[1].append(layer)
+        return _alone(layer, x, lora)
+
+    def called_once(self, layer: Sibling) -> bool:
+        """Whether the layer was called with one x only."""
+        return self._calls[id(layer)] == 1
+
+
+def share_inputs(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, ...]]:
+    """Compute adapted layers that read the same tensor together, with one packing of it and one gradient.
+
+    The values are those of the single layers, bit for bit; the gradient of the shared tensor is summed in float32 and
+    rounded once. Runs `model(*args, **kwargs)` once, in evaluation mode without gradients, to see which layers these
+    are; random numbers are left as they were. Call it again after layers were added or replaced.
+
+    Args:
+        model: a model with LoRA over packed linear layers.
+        args: an example of what the model is called with; a row of one token shows as much as a batch.
+        kwargs: likewise.
+
+    Returns:
+        The names of the layers of each group, in the order in which they are called. CPU tensors only: elsewhere, and
+        under `torch.compile`, the layers stay single.
+    """
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "fused_operand") and hasattr(module.base_layer, "packed")
+    }
+    observer = _Observer()
+    training = {module: module.training for module in model.modules()}
+    for layer in layers.values():
+        layer.shared_input = observer
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            model(*args, **kwargs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for layer in layers.values():
+            layer.shared_input = None
+    names = {id(layer): name for name, layer in layers.items()}
+    found = []
+    for group in observer.groups:
+        members = [layer for layer in group if observer.called_once(layer)]
+        if len(members) > 1:
+            shared = SharedInput(members)
+            for member in members:
+                layers[names[id(member)]].shared_input = shared
+            found.append(tuple(names[id(member)] for member in members))
+    return found

@@ -12,7 +12,6 @@ from ferrolora.adapters.config import ModuleConfig, PeftConfig
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.registry import method_of
 from ferrolora.adapters.rows import RowGroups
-from ferrolora.adapters.siblings import share_inputs
 from ferrolora.adapters.tokens import TrainableTokens
 from ferrolora.errors import FerroloraError, TargetError, UnsupportedError
 from ferrolora.model.float_weights import FloatWeights
@@ -95,7 +94,6 @@ def inject_adapter(
     for path, placed in (layers | copies | {path: rows for path, (rows, _) in tokens.items()}).items():
         if modules[path] is not placed:
             replace_module(model, modules[path], placed)
-    share_inputs(model)
     if config.target_modules is None or config.target_modules == ALL_LINEAR:
         config.target_modules = smallest_suffixes(model, targets)
     if hasattr(config, "fan_in_fan_out"):

@@ -54,6 +54,14 @@ def adapted(**options: object) -> fl.PeftModel:
     return model
 
 
+QKV = [tuple(f"base_model.model.blocks.{i}.{name}_proj" for name in "qkv") for i in range(2)]
+
+
+def sharing(model: fl.PeftModel) -> fl.PeftModel:
+    assert fl.share_inputs(model, torch.randn(1, WIDTH)) == QKV
+    return model
+
+
 def alone(model: fl.PeftModel) -> fl.PeftModel:
     """A copy whose layers do not know of each other."""
     twin = copy.deepcopy(model)
@@ -85,7 +93,7 @@ def gradients(model: fl.PeftModel, run: Callable[[], Tensor]) -> dict[str, Tenso
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_values_and_gradients_are_those_of_the_single_layers(groups: list[int], dropout: float) -> None:
-    model = adapted(lora_dropout=dropout)
+    model = sharing(adapted(lora_dropout=dropout))
     twin, x = alone(model), torch.randn(2, 5, WIDTH)
     for step in range(3):
         torch.manual_seed(step)
@@ -95,36 +103,62 @@ def test_values_and_gradients_are_those_of_the_single_layers(groups: list[int], 
         assert got.keys() == expected.keys()
         for name, gradient in got.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert groups == [3, 3] * 2  # q, k, v of each block, from the second step on
+    assert groups == [3, 3] * 3  # q, k, v of each block
 
 
 def test_outputs_have_the_same_bits(groups: list[int]) -> None:
-    model = adapted().eval()
+    model = sharing(adapted()).eval()
     twin, x = alone(model), torch.randn(2, 5, WIDTH)
-    for _ in range(2):
-        with torch.no_grad():
-            assert torch.equal(model(x), twin(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
     assert groups == [3, 3]
 
 
-def test_layers_whose_inputs_differ_are_left_out(groups: list[int]) -> None:
+def test_the_example_decides_which_layers_share(groups: list[int]) -> None:
     model = adapted().eval()
     twin, x, source = alone(model), torch.randn(5, WIDTH), torch.randn(7, WIDTH)
-    for _ in range(3):
-        assert torch.equal(model(x, source), twin(x, source))
-    assert groups == [2, 2] * 2  # k and v
+    names = {name.rpartition(".")[2] for group in fl.share_inputs(model, x, source) for name in group}
+    assert names == {"k_proj", "v_proj"}
+    assert torch.equal(model(x, source), twin(x, source))
+    # The source is one tensor for both blocks, so all four are one group.
+    assert groups == [4]
 
 
-def test_a_source_that_appears_later_gives_the_group_up_and_stays_right(groups: list[int]) -> None:
-    model = adapted().eval()
+def test_another_source_than_in_the_example_gives_the_same_values() -> None:
+    model = sharing(adapted()).eval()
     twin, x, source = alone(model), torch.randn(5, WIDTH), torch.randn(7, WIDTH)
-    for other in (None, None, source, source, None):
+    for other in (None, source, None):
         assert torch.equal(model(x, other), twin(x, other))
-    assert groups == [3, 3] * 2  # the second call, and the third, whose k and v had another x
+
+
+def test_a_layer_that_is_called_twice_stays_single() -> None:
+    model = adapted()
+    twice = nn.ModuleList([model.base_model.model, model.base_model.model])
+    run = mock.Mock(side_effect=lambda x: [block(x) for block in twice])
+    with mock.patch.object(model, "forward", run):
+        assert fl.share_inputs(model, torch.randn(1, WIDTH)) == []
+
+
+def test_the_example_leaves_modes_and_random_numbers_as_they_were() -> None:
+    model = adapted(lora_dropout=0.5).train()
+    model.base_model.model.blocks[0].eval()
+    example = torch.randn(1, WIDTH)
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    assert fl.share_inputs(model, example) == QKV
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_example_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+    model = adapted().train()
+    with pytest.raises(fl.ShapeError):
+        fl.share_inputs(model, torch.randn(1, WIDTH + 1))
+    assert model.training
+    assert model(torch.randn(2, WIDTH)).shape == (2, WIDTH)
 
 
 def test_a_change_between_two_siblings_calls_is_seen() -> None:
-    model = adapted().eval()
+    model = sharing(adapted()).eval()
     block, x = model.base_model.model.blocks[0], torch.randn(5, WIDTH)
     for change in ("adapter", "x", "mode"):
         block.q_proj(x), block.k_proj(x), block.v_proj(x)
@@ -141,9 +175,8 @@ def test_a_change_between_two_siblings_calls_is_seen() -> None:
 
 
 def test_switched_off_mixed_and_hooked_layers_keep_their_own_way() -> None:
-    model = adapted().eval()
+    model = sharing(adapted()).eval()
     x = torch.randn(2, 5, WIDTH)
-    model(x), model(x)
     twin = alone(model)
     with model.disable_adapter(), twin.disable_adapter():
         assert torch.equal(model(x), twin(x))
@@ -153,9 +186,8 @@ def test_switched_off_mixed_and_hooked_layers_keep_their_own_way() -> None:
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    model = adapted(lora_dropout=0.3)
+    model = sharing(adapted(lora_dropout=0.3))
     x = torch.randn(2, 5, WIDTH)
-    model(x), model(x)
     torch.manual_seed(1)
     expected = gradients(model, lambda: model(x))
     torch.manual_seed(1)
@@ -164,10 +196,9 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_nothing_waits_after_a_forward() -> None:
-    model = adapted().eval()
-    for _ in range(2):
-        x = torch.randn(5, WIDTH)
-        y = model(x)
+    model = sharing(adapted()).eval()
+    x = torch.randn(5, WIDTH)
+    y = model(x)
     watched = weakref.ref(x)
     del x, y
     gc.collect()
@@ -175,21 +206,20 @@ def test_nothing_waits_after_a_forward() -> None:
 
 
 def test_copies_and_pickles_share_among_themselves(groups: list[int]) -> None:
-    model = adapted().eval()
+    model = sharing(adapted()).eval()
     x = torch.randn(5, WIDTH)
-    expected = (model(x), model(x))[1]
-    groups.clear()
+    expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), expected)
-        assert torch.equal(twin(x), expected)
-    assert groups == [3, 3] * 2
+    assert groups == [3, 3] * 3
     assert not any("shared_input" in key for key in model.state_dict())
 
 
 def test_a_compiled_model_traces_the_single_layers(groups: list[int]) -> None:
-    model = adapted().eval()
+    model = sharing(adapted()).eval()
     x = torch.randn(5, WIDTH)
     expected = model(x)
+    groups.clear()
     torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ferrolora.adapters.lora import LoraConfig
+from ferrolora.adapters.siblings import share_inputs
 from ferrolora.bench.contender import OURS, PEFT
 from ferrolora.bench.inputs import SPEC
 from ferrolora.bench.train.models import Model
@@ -59,7 +60,9 @@ def linears(network: nn.Module, head: str) -> list[tuple[nn.Module, str, nn.Line
 
 def _ours(network: Any, head: str, dtype: torch.dtype, lora: dict[str, Any]) -> Any:
     quantize_model(network, SPEC, skip_modules=[head])
-    return get_peft_model(network, LoraConfig(**lora))
+    adapted = get_peft_model(network, LoraConfig(**lora))
+    share_inputs(adapted, input_ids=torch.zeros((1, 2), dtype=torch.long))
+    return adapted
 
 
 def _peft(network: Any, head: str, dtype: torch.dtype, lora: dict[str, Any]) -> Any:
