@@ -44,7 +44,7 @@ pub fn quantize_blockwise(
             .map(|((src, codes), absmax)| Blocks { src, codes, absmax, block_size })
             .collect();
         let finite = AtomicBool::new(true);
-        parallel::for_each(exec.threads_for(src.len() * 16), tasks, |task| {
+        parallel::for_each(exec.threads_for(src.len() * 32), tasks, |task| {
             if !exec.isa.run(task) {
                 finite.store(false, Ordering::Relaxed);
             }
@@ -131,7 +131,7 @@ pub fn dequantize_blockwise(
             .zip(absmax.chunks(blocks))
             .map(|((out, codes), absmax)| DecodeBlocks { codes, absmax, block_size, out, large })
             .collect();
-        parallel::for_each(exec.threads_for(codes.len()), tasks, |task| exec.isa.run(task));
+        parallel::for_each(exec.threads_for(codes.len() * 8), tasks, |task| exec.isa.run(task));
     });
     Ok(())
 }

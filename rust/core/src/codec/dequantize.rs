@@ -20,7 +20,7 @@ pub fn dequantize_4bit(exec: &Exec, packed: &Packed<'_>, out: FloatsMut<'_>) -> 
 }
 
 fn dequantize_typed<E: Element>(exec: &Exec, packed: &Packed<'_>, out: &mut [E]) {
-    let threads = exec.threads_for(out.len());
+    let threads = exec.threads_for(out.len() * 8);
     let large = exceeds_caches(out);
     let chunks = out.chunks_mut(TASK).enumerate();
     let tasks: Vec<_> = chunks.map(|(i, out)| DequantizeChunk { packed, start: i * TASK, out, large }).collect();

@@ -35,7 +35,7 @@ pub fn double_quantize(exec: &Exec, absmax: &[f32], codes: &mut [u8], nested_abs
         .map(|((absmax, codes), nested_absmax)| Chunk { absmax, offset, codes, nested_absmax })
         .collect();
     // A nearest-value search in 256 entries is about sixteen operations.
-    parallel::for_each(exec.threads_for(absmax.len() * 16), tasks, |task| exec.isa.run(task));
+    parallel::for_each(exec.threads_for(absmax.len() * 32), tasks, |task| exec.isa.run(task));
     Ok(offset)
 }
 

@@ -69,7 +69,7 @@ pub fn quantize_int8(exec: &Exec, src: Floats<'_>, codes: &mut [i8], scb: &mut [
         let chunks = src.chunks(rows * cols).zip(codes.chunks_mut(rows * cols)).zip(scb.chunks_mut(rows));
         let tasks: Vec<_> = chunks.map(|((src, codes), scb)| Rows { src, codes, scb }).collect();
         let finite = AtomicBool::new(true);
-        parallel::for_each(exec.threads_for(src.len()), tasks, |task| {
+        parallel::for_each(exec.threads_for(src.len() * 8), tasks, |task| {
             if !exec.isa.run(task) {
                 finite.store(false, Ordering::Relaxed);
             }
@@ -152,7 +152,7 @@ pub fn dequantize_int8(exec: &Exec, matrix: &Int8Matrix<'_>, out: FloatsMut<'_>)
         return Ok(());
     }
     with_floats!(FloatsMut, out, out => {
-        let threads = exec.threads_for(out.len());
+        let threads = exec.threads_for(out.len() * 8);
         let rows = rows_per_task(matrix.cols);
         let (elements, large) = (rows * matrix.cols, exceeds_caches(out));
         let chunks = out.chunks_mut(elements).enumerate();

@@ -65,7 +65,7 @@ fn quantize_typed<E: Element>(
         .map(|((src, codes), absmax)| QuantizeChunk { src, spec, codes, absmax })
         .collect();
     let finite = AtomicBool::new(true);
-    parallel::for_each(exec.threads_for(src.len()), tasks, |task| {
+    parallel::for_each(exec.threads_for(src.len() * 8), tasks, |task| {
         if !exec.isa.run(task) {
             finite.store(false, Ordering::Relaxed);
         }

@@ -28,7 +28,7 @@ const TASKS: usize = 8;
 pub(super) fn forward<E: Element>(exec: &Exec, problem: &Problem<'_>, x: &[E], y: &mut [E], s: Option<&mut [E]>) {
     let (n, k) = (problem.weight.out_features(), problem.weight.in_features());
     let rank = problem.lora.map_or(0, |lora| lora.rank);
-    let threads = exec.threads_for(problem.rows * n * k / 16);
+    let threads = exec.threads_for(problem.rows * n * k / 8);
     let mut s = s.unwrap_or_default();
     let mut y = y;
     for first in (0..problem.rows).step_by(CHUNK) {

@@ -54,7 +54,7 @@ impl<E: Element> Op for Backward<'_, E> {
     fn eval<I: Isa>(self, isa: I) {
         let k = self.cols;
         let outputs: usize = self.members.iter().map(|member| member.weight.out_features()).sum();
-        let threads = self.exec.threads_for(self.rows * outputs * k / 16);
+        let threads = self.exec.threads_for(self.rows * outputs * k / 8);
         let mut ds: Vec<_> = self.members.iter().map(|member| vec![0.0_f32; self.rows * member.rank()]).collect();
         let mut dx = self.dx;
         for first in (0..self.rows).step_by(CHUNK) {

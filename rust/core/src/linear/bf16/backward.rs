@@ -55,7 +55,7 @@ impl DotsOp for Backward<'_> {
     fn eval<D: Dots>(self, dots: D) {
         let k = self.cols;
         let outputs: usize = self.members.iter().map(|member| member.weight.out_features()).sum();
-        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 64);
+        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 16);
         let mut ds: Vec<_> = self.members.iter().map(|member| vec![0.0_f32; self.rows * member.rank()]).collect();
         let sizes: Vec<_> = self
             .members

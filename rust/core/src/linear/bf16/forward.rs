@@ -50,7 +50,7 @@ impl DotsOp for Forward<'_> {
     fn eval<D: Dots>(self, dots: D) {
         let k = self.cols;
         let outputs: usize = self.members.iter().map(|member| member.problem.weight.out_features()).sum();
-        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 64);
+        let threads = self.exec.threads_for((self.rows + SIDE) * outputs * k / 16);
         let sizes: Vec<_> =
             self.members.iter().map(|member| k.div_ceil(DEPTH) * a_rows(member.problem.lora) * STRIDE).collect();
         scratch::with_bf16(
