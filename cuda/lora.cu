@@ -59,6 +59,8 @@ struct SharedSum {
 #ifdef FL_COLUMNS
 constexpr int COLUMN_TILES = FL_COLUMNS / TILE;
 constexpr int ROW_TILES = FL_ROWS / TILE;
+static_assert(FL_COLUMNS * WIDTH <= 12288, "a block's sums across its rows stay in registers");
+static_assert(SLOTS * TILE_BYTES + (COLUMN_TILES + 1) * THIN_BYTES < 48 * 1024, "and its tiles in static shared memory");
 
 // A block's part of T: FL_ROWS × FL_COLUMNS, and the words where it meets the blocks of its rows and of its columns.
 struct Part {

@@ -37,7 +37,7 @@ public:
         u32 code;
         float nested;
     };
-    FL_DEVICE Raw fetch(i64 block) const { return {load(codes_ + block), load(nested_ + block / NESTED_BLOCK_SIZE)}; }
+    FL_DEVICE Raw fetch(i64 block) const { return {load(codes_ + block), load(nested_ + static_cast<u64>(block) / NESTED_BLOCK_SIZE)}; }
     // Two roundings, as every reader of the format does: not a fused multiply-add.
     FL_DEVICE float finish(const Raw& raw) const {
         return add_rn(mul_rn(dynamic8(raw.code), raw.nested), offset_);
