@@ -2,9 +2,9 @@
 
     python .ci/compile_kernels.py [--quick] [--arch 90 ...] [--only gemv_4bit ...]
 
-NVRTC and ptxas compile what the planner would launch for the problems below. Refused: a spilled register, a stack frame,
-more registers than the row of the kernel table allows, and an instruction that the row claims and the code does not hold
-(`nvdisasm` reads it). The figures go to `target/kernels/compiled.txt`. `--quick` takes the first problem of each kernel.
+NVRTC and ptxas compile what the planner would launch for the problems below. Refused: a spilled register, a stack
+frame, more registers than the row of the kernel table allows, and an instruction that the row claims and the code does
+not hold (`nvdisasm` reads it). The figures go to `target/kernels/compiled.txt`. `--quick` takes one problem a kernel.
 """
 
 from __future__ import annotations

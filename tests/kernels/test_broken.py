@@ -39,6 +39,7 @@ def test_the_kernel_is_right_unless_it_is_broken() -> None:
 
 
 BARRIER = "        block_barrier();                // and step is decoded; nobody still reads what follows overwrites\n"
+INDEX = "? (r * k + c) / 2 : 0)"
 WAIT = "        cp_async_wait<FL_STAGES - 3>(); // step + 1 is here\n"
 
 
