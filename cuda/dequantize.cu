@@ -6,44 +6,71 @@
 using Type = FL_TYPE;
 constexpr int THREADS = 256;
 constexpr int CHUNKS = 4; // eight values each; a warp's stores of one chunk are contiguous, four loads are in flight
+constexpr int VALUES = CHUNKS * THREADS * 8;
 
 #ifdef FL_CODEC
 using Codec = FL_CODEC;
 
-// Values index … index + 7, of which `count` exist. `index` is a multiple of 8, so they lie in one block.
-FL_DEVICE void decode_chunk(const u8* codes, const Scales<FL_NESTED>& scales, i64 index, i64 count, float (&out)[8]) {
-    u32 word = 0;
-    if (count >= 8) {
-        word = load(reinterpret_cast<const u32*>(codes + index / 2));
-    } else {
-        for (int i = 0; i < (count + 1) / 2; ++i) word |= static_cast<u32>(load(codes + index / 2 + i)) << (8 * i);
+// The sixteen values in shared memory, each in a bank of its own. Where float32 values are wanted, a load from there is
+// cheaper than the permutes of four byte planes.
+FL_DEVICE const float* value_table() {
+    FL_SHARED(float, table, 16);
+    if (thread_x() < 16) {
+        float values[8];
+        decode8<Codec>(static_cast<u32>(thread_x()), values); // one byte: its low nibble is the second code
+        store(table + thread_x(), values[1]);
     }
-    const float scale = scales.at(index / FL_BLOCK_SIZE);
-    decode8<Codec>(word, out);
+    block_barrier();
+    return table;
+}
+
+// Eight packed codes times their scale.
+FL_DEVICE void decode_scaled(const float* table, u32 word, float scale, float (&out)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] *= scale;
+    for (int i = 0; i < 8; ++i) out[i] = load(table + (word >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u)) * scale;
+}
+
+// The word of values index … index + 7, of which `count` exist; index is a multiple of 8.
+FL_DEVICE u32 load_word(const u8* codes, i64 index, i64 count) {
+    if (count >= 8) return load(reinterpret_cast<const u32*>(codes + index / 2));
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (2 * i < count) word |= static_cast<u32>(load(codes + index / 2 + i)) << (8 * i);
+    return word;
 }
 
 // out [numel]
 FL_KERNEL(THREADS)
 dequantize_4bit(const u8* __restrict__ codes, const void* __restrict__ absmax, const float* __restrict__ nested,
                 const float* __restrict__ offset, Type* __restrict__ out, i64 numel) {
-    const Scales<FL_NESTED> scales(absmax, nested, offset);
-    const i64 first = (static_cast<i64>(block_x()) * CHUNKS * THREADS + thread_x()) * 8;
-    if (first + (CHUNKS - 1) * THREADS * 8 + 8 <= numel) {
-        float values[CHUNKS][8];
+    const float* table = value_table();
+    // What a block of threads decodes starts with a block of the codec; from there on 32 bits count.
+    const i64 first = static_cast<i64>(block_x()) * VALUES, count = numel - first;
+    const auto scales = Scales<FL_NESTED>(absmax, nested, offset).from(first / FL_BLOCK_SIZE);
+    const u8* own_codes = codes + first / 2;
+    Type* own_out = out + first;
+    const u32 index = static_cast<u32>(thread_x()) * 8;
+    if (count >= VALUES) {
+        u32 words[CHUNKS];
+        float scale[CHUNKS];
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) decode_chunk(codes, scales, first + i * THREADS * 8, 8, values[i]);
+        for (int i = 0; i < CHUNKS; ++i) words[i] = load(reinterpret_cast<const u32*>(own_codes + index / 2) + i * THREADS);
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) store8(out + first + i * THREADS * 8, values[i]);
+        for (int i = 0; i < CHUNKS; ++i) scale[i] = scales.at((index + i * THREADS * 8) / FL_BLOCK_SIZE);
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            float values[8];
+            decode_scaled(table, words[i], scale[i], values);
+            store8(own_out + index + i * THREADS * 8, values);
+        }
         return;
     }
-    for (int i = 0; i < CHUNKS; ++i) {
-        const i64 index = first + i * THREADS * 8;
-        if (index >= numel) return;
+#pragma unroll 1
+    for (u32 i = index; i < count; i += THREADS * 8) {
         float values[8];
-        decode_chunk(codes, scales, index, numel - index, values);
-        store8_tail(out + index, numel - index, values);
+        decode_scaled(table, load_word(own_codes, i, count - i), scales.at(i / FL_BLOCK_SIZE), values);
+        store8_tail(own_out + i, count - i, values);
     }
 }
 
@@ -51,13 +78,15 @@ constexpr int TILE = 64;
 constexpr int STRIDE = TILE + 4 / static_cast<int>(sizeof(Type)); // an odd number of words: columns fall into all banks
 
 // Sixteen values of row `row` from column `col`, wherever they lie in bytes and blocks.
-FL_DEVICE void decode_run(const u8* codes, const Scales<FL_NESTED>& scales, i64 row, i64 col, i64 k, float* out) {
+FL_DEVICE void decode_run(const float* table, const u8* codes, const Scales<FL_NESTED>& scales, i64 row, i64 col, i64 k,
+                          float (&out)[16]) {
     const i64 index = row * k + col;
     if (index % 8 == 0 && col + 16 <= k) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float values[8];
-            decode_chunk(codes, scales, index + 8 * half, 8, values);
+            const i64 at = index + 8 * half;
+            decode_scaled(table, load_word(codes, at, 8), scales.at(at / FL_BLOCK_SIZE), values);
 #pragma unroll
             for (int i = 0; i < 8; ++i) out[8 * half + i] = values[i];
         }
@@ -74,11 +103,12 @@ dequantize_4bit_transposed(const u8* __restrict__ codes, const void* __restrict_
                            const float* __restrict__ nested, const float* __restrict__ offset, Type* __restrict__ out,
                            i64 n, i64 k) {
     FL_SHARED(Type, tile, TILE * STRIDE); // [k][n]
+    const float* table = value_table();
     const Scales<FL_NESTED> scales(absmax, nested, offset);
     const i64 first_k = static_cast<i64>(block_x()) * TILE, first_n = static_cast<i64>(block_y()) * TILE;
     const int row = thread_x() / 4, part = thread_x() % 4 * 16;
     float values[16] = {};
-    if (first_n + row < n) decode_run(codes, scales, first_n + row, first_k + part, k, values);
+    if (first_n + row < n) decode_run(table, codes, scales, first_n + row, first_k + part, k, values);
 #pragma unroll
     for (int i = 0; i < 16; ++i) store(tile + (part + i) * STRIDE + row, from_float<Type>(values[i]));
     block_barrier();

@@ -55,43 +55,54 @@ struct Decoder {
 // What a lane loads of one unit: codes and scales of rows g and g + 8 of each tile.
 struct Unit {
     u32 codes[FL_TILES][2][WORDS];
-    float scale[FL_TILES][2];
+    typename Scales<FL_NESTED>::Raw scale[FL_TILES][2];
     u32 x[WORDS][4];
 };
 
-struct Gemv {
-    const Type* x;
+// Where a lane finds its row of W: what it reads of unit u lies u units further.
+struct Row {
     const u8* codes;
-    Scales<FL_NESTED> scales;
-    i64 m, n, k;
-    int group, quad; // lane / 4, lane % 4
-    i64 first_row;
+    typename Scales<FL_NESTED>::Window scales;
+    u32 phase; // values between the start of the first block of the codec and the row's
 
-    FL_DEVICE i64 row(int tile, int half) const { return first_row + 16 * tile + 8 * half + group; }
+    FL_DEVICE void load_unit(u32 unit, u32 (&words)[WORDS], typename Scales<FL_NESTED>::Raw& scale) const {
+        load_once(codes + unit * (UNIT / 2), words);
+        scale = scales.fetch((phase + unit * UNIT) / FL_BLOCK_SIZE);
+    }
+};
+
+struct Gemv {
+    const Type* x; // the lane's row, or null
+    Row rows[FL_TILES][2];
 
     // Rows past the end read the last one; their sums are never written.
-    FL_DEVICE void load_unit(i64 unit, bool exists, Unit& out) const {
+    FL_DEVICE Gemv(const Type* all_x, const u8* codes, const Scales<FL_NESTED>& scales, i64 m, i64 n, i64 k) {
+        const int group = thread_x() % 32 / 4, own = thread_x() % 4 * RUN;
+        x = group < m ? all_x + group * k + own : nullptr;
 #pragma unroll
         for (int i = 0; i < 2 * FL_TILES; ++i) {
-            u32(&words)[WORDS] = out.codes[i / 2][i % 2];
-            const i64 index = min_of(row(i / 2, i % 2), n - 1) * k + unit * UNIT;
-            if (exists) load_once(codes + (index + quad * RUN) / 2, words);
-            else
-#pragma unroll
-                for (int w = 0; w < WORDS; ++w) words[w] = 0;
-            out.scale[i / 2][i % 2] = exists ? scales.at(index / FL_BLOCK_SIZE) : 0.0f;
+            const i64 row = min_of(static_cast<i64>(block_x()) * ROWS + 8 * i + group, n - 1), index = row * k;
+            rows[i / 2][i % 2] = Row{codes + (index + own) / 2, scales.from(index / FL_BLOCK_SIZE),
+                                     static_cast<u32>(index % FL_BLOCK_SIZE)};
         }
+    }
+
+    // Past the end it loads the last unit again, without a branch, and takes zeros for x.
+    FL_DEVICE void load_unit(int unit, int last, Unit& out) const {
+        const u32 at = static_cast<u32>(unit < last ? unit : last - 1);
+#pragma unroll
+        for (int i = 0; i < 2 * FL_TILES; ++i)
+            rows[i / 2][i % 2].load_unit(at, out.codes[i / 2][i % 2], out.scale[i / 2][i % 2]);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
             Words4 values{};
-            if (exists && group < m)
-                values = load(reinterpret_cast<const Words4*>(x + group * k + unit * UNIT + quad * RUN + 8 * w));
+            if (unit < last && x) values = load(reinterpret_cast<const Words4*>(x + at * UNIT) + w);
 #pragma unroll
             for (int i = 0; i < 4; ++i) out.x[w][i] = values.at[i];
         }
     }
 
-    FL_DEVICE static void add_unit(const Decoder& decode, const Unit& unit, float (&sums)[FL_TILES][4]) {
+    FL_DEVICE void add_unit(const Decoder& decode, const Unit& unit, float (&sums)[FL_TILES][4]) const {
 #pragma unroll
         for (int tile = 0; tile < FL_TILES; ++tile) {
             float part[4] = {};
@@ -106,7 +117,11 @@ struct Gemv {
                 Mma<Type>::add(part, second, unit.x[w][2], unit.x[w][3]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[tile][i] += unit.scale[tile][i / 2] * part[i];
+            for (int half = 0; half < 2; ++half) {
+                const float scale = rows[tile][half].scales.finish(unit.scale[tile][half]);
+                sums[tile][2 * half] += scale * part[2 * half];
+                sums[tile][2 * half + 1] += scale * part[2 * half + 1];
+            }
         }
     }
 };
@@ -120,19 +135,16 @@ gemv_4bit(const Type* __restrict__ x, const u8* __restrict__ codes, const void* 
     const Decoder decode;
     const int warp = thread_x() / 32, lane = thread_x() % 32;
     const i64 first_row = static_cast<i64>(block_x()) * ROWS;
-    const Gemv gemv{x, codes, Scales<FL_NESTED>(absmax, nested, offset), m, n, k, lane / 4, lane % 4, first_row};
+    const Gemv gemv(x, codes, Scales<FL_NESTED>(absmax, nested, offset), m, n, k);
 
     float sums[FL_TILES][4] = {};
     const Share share = share_of(k / UNIT);
-    for (i64 first = share.first + warp; first < share.last; first += BATCH * FL_WARPS) {
+    for (int first = share.first + warp; first < share.last; first += BATCH * FL_WARPS) {
         Unit units[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const i64 unit = first + i * FL_WARPS;
-            gemv.load_unit(unit, unit < share.last, units[i]);
-        }
+        for (int i = 0; i < BATCH; ++i) gemv.load_unit(first + i * FL_WARPS, share.last, units[i]);
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) Gemv::add_unit(decode, units[i], sums);
+        for (int i = 0; i < BATCH; ++i) gemv.add_unit(decode, units[i], sums);
     }
 #pragma unroll
     for (int i = 0; i < 4 * FL_TILES; ++i) {

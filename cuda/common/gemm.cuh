@@ -58,14 +58,14 @@ template <int Rows, int Cols, int Grain, bool Exact> struct WeightTile {
         for (int h = 0; h < HELD; ++h) {
             const int i = thread_x() + h * THREADS;
             const i64 r = min_of(row + i % Rows, n - 1), c = min_of(col + i / Rows * Grain, k - Grain);
-            if (i < SCALES) held[h] = source.fetch((r * k + c) / FL_BLOCK_SIZE);
+            if (i < SCALES) held[h] = source.from((r * k + c) / FL_BLOCK_SIZE).fetch(0);
         }
     }
     FL_DEVICE void store_scales(float* scales) const {
 #pragma unroll
         for (int h = 0; h < HELD; ++h) {
             const int i = thread_x() + h * THREADS;
-            if (i < SCALES) store(scales + i, source.finish(held[h]));
+            if (i < SCALES) store(scales + i, source.from(0).finish(held[h]));
         }
     }
 
