@@ -2,8 +2,10 @@
 //!
 //! Every function does four things: converts its arguments, releases the interpreter, calls the core,
 //! and maps the error. Outputs are tensors that the caller allocated.
+//! Those of `cuda` ask the crate `ferrolora-cuda` instead of the core.
 
 mod buffer;
+mod cuda;
 mod error;
 mod info;
 mod linear;
@@ -15,7 +17,7 @@ mod weight;
 
 use pyo3::prelude::*;
 
-/// Kernels of ferrolora on CPU tensors.
+/// Kernels of ferrolora.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(target_os = "linux")]
@@ -23,5 +25,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     info::register(module)?;
     quantize::register(module)?;
     linear::register(module)?;
-    linear_group::register(module)
+    linear_group::register(module)?;
+    cuda::register(module)
 }
