@@ -10,6 +10,7 @@ from ferrolora import _register
 from ferrolora import ops as ops  # registers torch.ops.ferrolora.*, which compiled graphs refer to by name
 
 if TYPE_CHECKING:
+    from ferrolora import cuda as cuda
     from ferrolora import nn as nn
     from ferrolora.adapters.adalora import AdaLoraConfig as AdaLoraConfig
     from ferrolora.adapters.config import PeftConfig as PeftConfig
@@ -104,7 +105,7 @@ _HOME = {  # public name -> the module that defines it
     "set_peft_model_state_dict": "ferrolora.model.state_dict",
     "FerroloraConfig": "ferrolora.integrations.transformers",
 }
-_SUBMODULES = ("nn",)
+_SUBMODULES = ("cuda", "nn")
 
 
 def __getattr__(name: str) -> Any:

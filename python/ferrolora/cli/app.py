@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from ferrolora.cli import bench, generate, inspect, quantize, train
+from ferrolora.cli import bench, doctor, generate, inspect, quantize, train
 from ferrolora.errors import FerroloraError
 
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         bench.command, "ferrolora bench --suite linear --shapes 1x4096x4096,512x4096x4096", needs_arguments=False
     ),
+    "doctor": Command(doctor.command, "ferrolora doctor --json", needs_arguments=False),
 }
 
 # typer exports one of the errors of the parser under it; the base of them all tells usage (2) from failure (1).

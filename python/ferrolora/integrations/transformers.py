@@ -105,13 +105,15 @@ class FerroloraQuantizer(HfQuantizer):
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         """Refuse devices that have no kernel."""
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        elsewhere = sorted({str(place) for place in places} - {"cpu", "None", "auto"})
+        elsewhere = sorted(name for name in map(str, places) if not _has_kernels(name))
         if elsewhere:
-            raise UnsupportedError(f"device_map puts modules on {elsewhere}; quantized layers run on 'cpu' only so far")
+            raise UnsupportedError(f"device_map puts modules on {elsewhere}; quantized layers run on 'cpu' and 'cuda'")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """`"auto"` may choose any device, and the CPU is the one that has kernels."""
-        return {"": "cpu"} if device_map == "auto" else device_map
+        """`"auto"` may choose any device: the first GPU if there is one, else the CPU, so that nothing is offloaded."""
+        if device_map != "auto":
+            return device_map
+        return {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
 
     @property
     def quantized_element_size(self) -> float:
@@ -229,3 +231,8 @@ def quantizable_linears(model: Any, skip_modules: Sequence[str] = ()) -> list[st
 # Importing this module is what registers; ferrolora._register sees to it that the import happens in time.
 register_quantization_config(METHOD)(FerroloraConfig)
 register_quantizer(METHOD)(FerroloraQuantizer)
+
+
+def _has_kernels(place: str) -> bool:
+    """Whether quantized layers run on a device of a device_map: "cpu", "cuda", "cuda:1", 1, "auto" or None."""
+    return place in ("cpu", "None", "auto") or place.partition(":")[0] == "cuda" or place.isdecimal()

@@ -14,14 +14,18 @@ def require_float(op: str, what: str, dtype: torch.dtype) -> None:
         raise UnsupportedError(f"{op}: {what} is {dtype}; the kernels take float32, float16 and bfloat16")
 
 
-def require_cpu(op: str, x: Tensor, codec: tuple[str, int], **others: Tensor | None) -> None:
-    """Raise UnsupportedError, naming the whole problem, if a tensor is not on the CPU."""
+def require_device(op: str, x: Tensor, codec: tuple[str, int], **others: Tensor | None) -> None:
+    """Raise UnsupportedError, naming the whole problem, unless all tensors are on the CPU or all on one GPU."""
+    index = x.get_device()  # of the GPU; the CPU's and meta's are below 0
     for what, tensor in (("input", x), *others.items()):
-        if tensor is not None and not tensor.is_cpu:
+        if tensor is None or (tensor.is_cuda and tensor.get_device() == index) or (tensor.is_cpu and x.is_cpu):
+            continue
+        problem = f"input {list(x.shape)} {x.dtype}, quant_type {codec[0]}, block_size {codec[1]}"
+        if x.is_cuda or tensor.is_cuda:
             raise UnsupportedError(
-                f"{op}: no kernel for the {what} on {tensor.device} (input {list(x.shape)} {x.dtype}, "
-                f"quant_type {codec[0]}, block_size {codec[1]}); only cpu is supported: move it with .to('cpu')"
+                f"{op}: the {what} is on {tensor.device} and the input on {x.device} ({problem}); use one device"
             )
+        raise UnsupportedError(f"{op}: no kernel for the {what} on {tensor.device} ({problem}); move it to cpu or cuda")
 
 
 def require_linear(op: str, x: Tensor, n: int, k: int, bias: Tensor | None) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ferrolora.errors import ShapeError
-from ferrolora.ops.checks import require_cpu
+from ferrolora.ops.checks import require_device
 from ferrolora.tensor import QuantTensor
 
 
@@ -23,7 +23,7 @@ def dequantize(qt: QuantTensor, dtype: torch.dtype | None = None, out: Tensor | 
         ShapeError: out has another shape or its type contradicts dtype.
         UnsupportedError: another dtype, or a device without a kernel.
     """
-    require_cpu("dequantize", qt.codes, qt.codec, absmax=qt.absmax, nested_absmax=qt.nested_absmax, out=out)
+    require_device("dequantize", qt.codes, qt.codec, absmax=qt.absmax, nested_absmax=qt.nested_absmax, out=out)
     if out is None:
         return qt.dequantize(dtype)
     if out.shape != qt.shape or (dtype is not None and dtype != out.dtype):

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from ferrolora import _native
+from ferrolora.cuda.launch import prepare, ready, run
 from ferrolora.errors import ShapeError
 from ferrolora.ops.checks import require_float
+from ferrolora.ops.decode import decode
+from ferrolora.ops.finite import finite_flag, require_finite
 from ferrolora.ops.library import define
 
 
@@ -23,6 +26,18 @@ def _cpu_quantize(x: Tensor, name: str | None = None) -> tuple[Tensor, Tensor]:
     return codes, scb
 
 
+def _cuda_quantize(x: Tensor, name: str | None = None) -> tuple[Tensor, Tensor]:
+    codes, scb = _fake_quantize(x, name)
+    if x.numel() == 0:
+        return codes, scb.zero_()
+    index, flag = x.get_device(), finite_flag(x)
+    launch = prepare(index, "quantize", x.dtype, *x.shape, quant_type="int8")
+    assert launch is not None  # no library function stands for it
+    run(launch, index, {"x": ready(x), "codes": codes, "scb": scb, "nonfinite": flag})
+    require_finite(flag, x, name)
+    return codes, scb
+
+
 def _fake_dequantize(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     require_float("dequantize_int8", "the output", dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
@@ -31,6 +46,12 @@ def _fake_dequantize(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
 def _cpu_dequantize(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     out = _fake_dequantize(codes, scb, dtype)
     _cpu_dequantize_out(codes, scb, out)
+    return out
+
+
+def _cuda_dequantize(codes: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+    out = _fake_dequantize(codes, scb, dtype)
+    decode(out, codes.shape[0], codes.shape[1], codes, scb, None, None, "int8", 64)
     return out
 
 
@@ -46,18 +67,29 @@ def _cpu_dequantize_out(codes: Tensor, scb: Tensor, out: Tensor) -> None:
         out.copy_(target)
 
 
+def _cuda_dequantize_out(codes: Tensor, scb: Tensor, out: Tensor) -> None:
+    _fake_dequantize_out(codes, scb, out)
+    target = ready(out)
+    decode(target, codes.shape[0], codes.shape[1], codes, scb, None, None, "int8", 64)
+    if target is not out:
+        out.copy_(target)
+
+
 define(
     "quantize_int8(Tensor x, str? name=None) -> (Tensor codes, Tensor scb)",
     cpu=_cpu_quantize,
+    cuda=_cuda_quantize,
     fake=_fake_quantize,
 )
 define(
     "dequantize_int8(Tensor codes, Tensor scb, ScalarType dtype) -> Tensor",
     cpu=_cpu_dequantize,
+    cuda=_cuda_dequantize,
     fake=_fake_dequantize,
 )
 define(
     "dequantize_int8_out(Tensor codes, Tensor scb, Tensor(a!) out) -> ()",
     cpu=_cpu_dequantize_out,
+    cuda=_cuda_dequantize_out,
     fake=_fake_dequantize_out,
 )

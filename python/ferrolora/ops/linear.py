@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ferrolora.errors import ShapeError
-from ferrolora.ops.checks import FLOAT_TYPES, require_cpu
+from ferrolora.ops.checks import FLOAT_TYPES, require_device
 from ferrolora.tensor import QuantTensor
 
 
@@ -56,6 +56,11 @@ def linear(x: Tensor, qt: QuantTensor, bias: Tensor | None = None, lora: LowRank
     )
 
 
+def dropout_seed(device: torch.device) -> Tensor:
+    """A key for one mask, from torch's generator of that device: a captured CUDA graph draws anew at each replay."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def linear_packed(
     x: Tensor,
     codes: Tensor,
@@ -70,7 +75,7 @@ def linear_packed(
     lora: LowRank | None,
 ) -> Tensor:
     """`linear` over the parts of a QuantTensor of shape `[n, k]` that was checked when it was made."""
-    require_cpu("linear", x, (quant_type, block_size), weight=codes, scales=absmax, bias=bias)
+    require_device("linear", x, (quant_type, block_size), weight=codes, scales=absmax, bias=bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_TYPES:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = (codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
@@ -78,7 +83,7 @@ def linear_packed(
         y: Tensor = torch.ops.ferrolora.linear(x, *weight, bias)
         return y
     a, b, scaling, dropout_p = lora
-    require_cpu("linear", x, (quant_type, block_size), A=a, B=b)
-    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64) if dropout_p > 0.0 else None
+    require_device("linear", x, (quant_type, block_size), A=a, B=b)
+    seed = dropout_seed(x.device) if dropout_p > 0.0 else None
     y, _ = torch.ops.ferrolora.linear_lora(x, *weight, bias, a, b, scaling, dropout_p, seed)
     return y

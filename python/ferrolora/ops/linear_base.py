@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ferrolora import _native
+from ferrolora.cuda.launch import ready
 from ferrolora.errors import ShapeError, UnsupportedError
+from ferrolora.ops import linear_cuda
 from ferrolora.ops.checks import require_float, require_linear
 from ferrolora.ops.library import define, differentiate
 from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
@@ -58,6 +60,24 @@ def _cpu(
     return y
 
 
+def _cuda(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+) -> Tensor:
+    y = _fake(x, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k, bias)
+    weight = linear_cuda.Weight(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
+    linear_cuda.forward(ready(x).view(-1, k), weight, bias, None, None, y.view(-1, n))
+    return y
+
+
 def _fake_backward(
     dy: Tensor,  # [..., N]
     codes: Tensor,
@@ -97,6 +117,23 @@ def _cpu_backward(
         dx.view(-1, k),
         torch.get_num_threads(),
     )
+    return dx
+
+
+def _cuda_backward(
+    dy: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+) -> Tensor:
+    dx = _fake_backward(dy, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
+    weight = linear_cuda.Weight(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
+    linear_cuda.input_gradient(ready(dy).view(-1, n), weight, None, None, dx.view(-1, k))
     return dx
 
 
@@ -173,7 +210,12 @@ def _autograd_backward(*args: Any) -> Any:
     return once_differentiable(torch.ops.ferrolora.linear_backward.default, *args)
 
 
-define(f"linear(Tensor x, {MATRIX_SCHEMA}, Tensor? bias) -> Tensor", cpu=_cpu, fake=_fake)
-define(f"linear_backward(Tensor dy, {MATRIX_SCHEMA}) -> Tensor", cpu=_cpu_backward, fake=_fake_backward)
+define(f"linear(Tensor x, {MATRIX_SCHEMA}, Tensor? bias) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+define(
+    f"linear_backward(Tensor dy, {MATRIX_SCHEMA}) -> Tensor",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=_fake_backward,
+)
 differentiate("linear", _autograd)
 differentiate("linear_backward", _autograd_backward)

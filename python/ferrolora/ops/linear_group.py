@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ferrolora import _native
+from ferrolora.cuda.launch import ready
 from ferrolora.errors import ShapeError
-from ferrolora.ops.checks import FLOAT_TYPES, require_cpu, require_linear, require_low_rank
+from ferrolora.ops import linear_cuda
+from ferrolora.ops.checks import FLOAT_TYPES, require_device, require_linear, require_low_rank
 from ferrolora.ops.library import define, differentiate
-from ferrolora.ops.linear import LowRank
+from ferrolora.ops.linear import LowRank, dropout_seed
 from ferrolora.ops.linear_base import OnceDifferentiable, bias_gradient, needs_grad
 from ferrolora.ops.weight import native_weight
 from ferrolora.tensor import QuantTensor
@@ -86,11 +88,11 @@ def linear_group_packed(x: Tensor, members: Sequence[Packed]) -> list[Tensor]:
     """`linear_group` over the parts of QuantTensors that were checked when they were made."""
     for member in members:
         codec = (member.quant_type, member.block_size)
-        require_cpu("linear_group", x, codec, weight=member.codes, scales=member.absmax, bias=member.bias)
+        require_device("linear_group", x, codec, weight=member.codes, scales=member.absmax, bias=member.bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype in FLOAT_TYPES:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     branches = [member.lora or _no_branch(x, member.n, member.k) for member in members]
-    seeds = [torch.randint(0, 2**63 - 1, (), dtype=torch.int64) if b.dropout_p > 0.0 else None for b in branches]
+    seeds = [dropout_seed(x.device) if b.dropout_p > 0.0 else None for b in branches]
     codes, absmax, nested, offset, quant_type, block_size, n, k, bias, _ = zip(*members, strict=True)
     a, b, scaling, dropout_p = zip(*branches, strict=True)
     if len(set(k)) > 1:
@@ -172,6 +174,27 @@ def _cpu(x: Tensor, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
     return y, s
 
 
+def _cuda(x: Tensor, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    weights, bias, branches = args[:8], args[8], args[9:]
+    y, s = _fake(x, *args)
+    rows = ready(x).view(-1, weights[7])
+    for weight, branch, b, out, low in zip(*_on_device(weights, branches), bias, y, s, strict=True):
+        low = low.view(rows.shape[0], -1) if branch is not None else low
+        if branch is not None:
+            linear_cuda.low_rank_input(rows, weight, branch, low)
+        linear_cuda.forward(rows, weight, b, branch, low, out.view(-1, weight.n))
+    return y, s
+
+
+def _on_device(weights: Sequence[Any], branches: Sequence[Any]) -> Any:
+    """Each linear's weight, and its branch or None if that has rank 0, as the CUDA kernels take them."""
+    codes, absmax, nested, offset, quant_type, block_size, n, k = weights
+    parts = zip(codes, absmax, nested, offset, quant_type, block_size, n, strict=True)
+    packed = [linear_cuda.Weight(c, m, s, o, kind, block, rows, k) for c, m, s, o, kind, block, rows in parts]
+    each = [linear_cuda.Branch(*branch) for branch in zip(*branches, strict=True)]
+    return packed, [branch if branch.rank > 0 else None for branch in each]
+
+
 def _fake_backward(dy: Sequence[Tensor], x: Tensor | None, s: Sequence[Tensor], *args: Any) -> Any:
     k, lora_a, lora_b, needs = args[7], args[8], args[9], args[13]
     dx = dy[0].new_empty((*dy[0].shape[:-1], k) if needs[0] else (0,))
@@ -195,6 +218,27 @@ def _cpu_backward(dy: Sequence[Tensor], x: Tensor | None, s: Sequence[Tensor], *
         db if needs[2] else None,
         torch.get_num_threads(),
     )
+    return dx, da, db
+
+
+def _cuda_backward(dy: Sequence[Tensor], x: Tensor | None, s: Sequence[Tensor], *args: Any) -> Any:
+    weights, branches, needs = args[:8], args[8:13], args[13]
+    dx, da, db = _fake_backward(dy, x, s, *args)
+    m, k = math.prod(dy[0].shape[:-1]), weights[7]
+    total: Tensor | None = None  # float32, so that the sum over the siblings rounds once more only
+    for i, (weight, branch) in enumerate(zip(*_on_device(weights, branches), strict=True)):
+        part, ds = ready(dy[i]).view(m, weight.n), None
+        if branch is not None:
+            low = ready(s[i]).view(m, branch.rank)
+            ds = linear_cuda.output_gradients(part, low, weight, branch, db[i] if needs[2] else None)
+            if needs[1] and x is not None:
+                linear_cuda.a_gradient(ready(x).view(m, k), ds, weight, branch, da[i])
+        if needs[0]:
+            own = dx.view(m, k) if len(dy) == 1 else torch.empty((m, k), dtype=dx.dtype, device=dx.device)
+            linear_cuda.input_gradient(part, weight, branch, ds, own)
+            total = own if len(dy) == 1 else own.float() if total is None else total.add_(own)
+    if total is not None and len(dy) > 1:
+        dx.copy_(total.view(dx.shape))
     return dx, da, db
 
 
@@ -267,12 +311,14 @@ def _autograd_backward(dy: Any, x: Any, s: Any, *args: Any) -> Any:
 define(
     f"linear_group(Tensor x, {_WEIGHTS}, Tensor?[] bias, {_BRANCHES}) -> (Tensor[] y, Tensor[] s)",
     cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
 )
 define(
     f"linear_group_backward(Tensor[] dy, Tensor? x, Tensor[] s, {_WEIGHTS}, {_BRANCHES}, bool[] needs)"
     " -> (Tensor dx, Tensor[] da, Tensor[] db)",
     cpu=_cpu_backward,
+    cuda=_cuda_backward,
     fake=_fake_backward,
 )
 differentiate("linear_group", _autograd)

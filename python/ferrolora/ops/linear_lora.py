@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ferrolora import _native
+from ferrolora.cuda.launch import ready
 from ferrolora.errors import UnsupportedError
+from ferrolora.ops import linear_cuda
 from ferrolora.ops.checks import require_linear, require_low_rank
 from ferrolora.ops.library import define, differentiate
 from ferrolora.ops.linear_base import bias_gradient, needs_grad, once_differentiable
@@ -86,6 +88,33 @@ def _cpu(
     return y, s
 
 
+def _cuda(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    parts = (codes, absmax, nested_absmax, offset)
+    y, s = _fake(x, *parts, quant_type, block_size, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    weight = linear_cuda.Weight(*parts, quant_type, block_size, n, k)
+    branch = linear_cuda.Branch(lora_a, lora_b, scaling, dropout_p, seed)
+    x, low = ready(x).view(-1, k), s.view(-1, branch.rank)
+    linear_cuda.low_rank_input(x, weight, branch, low)
+    linear_cuda.forward(x, weight, bias, branch, low, y.view(-1, n))
+    return y, s
+
+
 def _fake_backward(
     dy: Tensor,  # [..., N]
     x: Tensor | None,  # [..., K]
@@ -152,6 +181,39 @@ def _cpu_backward(
     return dx, da, db
 
 
+def _cuda_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    n: int,
+    k: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = (codes, absmax, nested_absmax, offset)
+    problem = (quant_type, block_size, n, k)
+    dx, da, db = _fake_backward(dy, x, s, *parts, *problem, lora_a, lora_b, scaling, dropout_p, seed, needs)
+    weight = linear_cuda.Weight(*parts, *problem)
+    branch = linear_cuda.Branch(lora_a, lora_b, scaling, dropout_p, seed)
+    dy, s = ready(dy).view(-1, n), None if s is None else ready(s).view(-1, branch.rank)
+    ds = linear_cuda.output_gradients(dy, s, weight, branch, db if needs[2] else None)
+    if needs[1] and x is not None:
+        linear_cuda.a_gradient(ready(x).view(-1, k), ds, weight, branch, da)
+    if needs[0]:
+        linear_cuda.input_gradient(dy, weight, branch, ds, dx.view(-1, k))
+    return dx, da, db
+
+
 class _LinearLora(torch.autograd.Function):
     """Base + LoRA. Saves x and S, and only where A and B need them; the rest are references to parameters."""
 
@@ -194,11 +256,17 @@ def _autograd_backward(*args: Any) -> Any:
     return once_differentiable(torch.ops.ferrolora.linear_lora_backward.default, *args)
 
 
-define(f"linear_lora(Tensor x, {MATRIX_SCHEMA}, Tensor? bias, {_LORA}) -> (Tensor y, Tensor s)", cpu=_cpu, fake=_fake)
+define(
+    f"linear_lora(Tensor x, {MATRIX_SCHEMA}, Tensor? bias, {_LORA}) -> (Tensor y, Tensor s)",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+)
 define(
     f"linear_lora_backward(Tensor dy, Tensor? x, Tensor? s, {MATRIX_SCHEMA}, {_LORA}, bool[] needs)"
     " -> (Tensor dx, Tensor da, Tensor db)",
     cpu=_cpu_backward,
+    cuda=_cuda_backward,
     fake=_fake_backward,
 )
 differentiate("linear_lora", _autograd)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ferrolora.errors import ShapeError
-from ferrolora.ops.checks import require_cpu, require_float
+from ferrolora.ops.checks import require_device, require_float
 from ferrolora.spec import QuantSpec
 from ferrolora.tensor import QuantTensor
 
@@ -30,7 +30,7 @@ def quantize(w: Tensor, spec: QuantSpec = _DEFAULT, name: str | None = None) -> 
 
     Source: QLoRA, arXiv 2305.14314; the bytes are those of bitsandbytes 0.50.
     """
-    require_cpu("quantize", w, (spec.quant_type, spec.block_size))
+    require_device("quantize", w, (spec.quant_type, spec.block_size))
     require_float("quantize", name or "w", w.dtype)
     if w.numel() == 0:
         raise ShapeError(f"quantize: {name or 'w'} of shape {list(w.shape)} holds no values")

@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from ferrolora import _native
-from ferrolora.ops.checks import require_cpu, require_float
+from ferrolora.errors import ShapeError, UnsupportedError
+from ferrolora.ops.checks import require_device, require_float
+from ferrolora.ops.finite import require_finite
 from ferrolora.ops.library import define
+
+_SMALLEST_SCALE = 1e-38  # keeps 1/absmax finite, as in the native kernel
 
 
 def quantize_blockwise(x: Tensor, block_size: int = 4096, name: str | None = None) -> tuple[Tensor, Tensor]:
@@ -25,7 +29,7 @@ def quantize_blockwise(x: Tensor, block_size: int = 4096, name: str | None = Non
 
     Source: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
     """
-    require_cpu("quantize_blockwise", x, ("dynamic8", block_size))
+    require_device("quantize_blockwise", x, ("dynamic8", block_size))
     codes, absmax = torch.ops.ferrolora.quantize_blockwise(x.detach(), block_size, name)
     return codes, absmax
 
@@ -48,7 +52,7 @@ def dequantize_blockwise(
         UnsupportedError: another dtype, block size or device.
         ShapeError: absmax has another length.
     """
-    require_cpu("dequantize_blockwise", codes, ("dynamic8", block_size), absmax=absmax)
+    require_device("dequantize_blockwise", codes, ("dynamic8", block_size), absmax=absmax)
     out: Tensor = torch.ops.ferrolora.dequantize_blockwise(codes, absmax, block_size, dtype)
     return out
 
@@ -77,13 +81,50 @@ def _cpu_dequantize(codes: Tensor, absmax: Tensor, block_size: int, dtype: torch
     return out
 
 
+def _cuda_quantize(x: Tensor, block_size: int, name: str | None = None) -> tuple[Tensor, Tensor]:
+    """The CPU kernel's bytes from torch's own operators: no training step waits for this codec."""
+    _require_block_size(block_size)
+    codes, absmax = _fake_quantize(x, block_size, name)
+    flat = x.reshape(-1).float()
+    require_finite(~torch.isfinite(flat).all(), x, name)
+    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    torch.amax(rows.abs(), dim=1, out=absmax)
+    scaled = rows * (1.0 / absmax.clamp_min(_SMALLEST_SCALE)).unsqueeze(1)
+    table = _table(x.device).double()  # midpoints of float32 values are exact in float64
+    nearest = torch.bucketize(scaled.double(), (table[:-1] + table[1:]) / 2.0)  # a tie goes to the lower code
+    return codes.copy_(nearest.view(-1)[: x.numel()].view(x.shape)), absmax
+
+
+def _cuda_dequantize(codes: Tensor, absmax: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    _require_block_size(block_size)
+    require_float("dequantize_blockwise", "the output", dtype)
+    if absmax.numel() != -(-codes.numel() // block_size):
+        raise ShapeError(
+            f"absmax: expected {-(-codes.numel() // block_size)} elements for {codes.numel()} codes in blocks of "
+            f"{block_size}, got {absmax.numel()}"
+        )
+    scales = absmax.repeat_interleave(block_size)[: codes.numel()].view(codes.shape)
+    return (_table(codes.device)[codes.long()] * scales).to(dtype)
+
+
+def _require_block_size(block_size: int) -> None:
+    if not 1 <= block_size <= 4096:
+        raise UnsupportedError(f"block_size must be from 1 to 4096, got {block_size}")
+
+
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(_native.codebook("dynamic8"), dtype=torch.float32, device=device)
+
+
 define(
     "quantize_blockwise(Tensor x, int block_size, str? name=None) -> (Tensor codes, Tensor absmax)",
     cpu=_cpu_quantize,
+    cuda=_cuda_quantize,
     fake=_fake_quantize,
 )
 define(
     "dequantize_blockwise(Tensor codes, Tensor absmax, int block_size, ScalarType dtype) -> Tensor",
     cpu=_cpu_dequantize,
+    cuda=_cuda_dequantize,
     fake=_fake_dequantize,
 )
