@@ -32,10 +32,11 @@ from ferrolora.bench.targets import column, column_names, judge, target_plan, ta
 from ferrolora.bench.train import step
 from ferrolora.bench.train.models import MODELS
 from ferrolora.cli.console import print_table, progress
-from ferrolora.errors import FerroloraError, FormatError, UnsupportedError
+from ferrolora.errors import CudaError, FerroloraError, FormatError, UnsupportedError
 from ferrolora.io.checkpoint import write_json
 
 TARGETS = "targets"
+GPU = "gpu"
 KERNEL_SUITES = ",".join(SUITES)
 DEFAULT_DTYPES = "float32,bfloat16"
 
@@ -51,7 +52,7 @@ class Plan:
 def command(
     suite: Annotated[
         str,
-        typer.Option(help=f"Of {KERNEL_SUITES},{step.SUITE}, between commas; or {TARGETS}, the project's own table."),
+        typer.Option(help=f"Of {KERNEL_SUITES},{step.SUITE}, between commas; or {TARGETS}, our own table; or {GPU}."),
     ] = KERNEL_SUITES,
     against: Annotated[
         str | None, typer.Option(help=f"Of {','.join(PEERS)}; default those installed. torch is always the ceiling.")
@@ -73,12 +74,19 @@ def command(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help=f"With --suite {GPU}: measure and keep the rows up to which fused wins here.")
+    ] = False,
 ) -> None:
     """Measure ferrolora side by side with torch, bitsandbytes and PEFT, in turns, in one process.
 
     A result is checked before it is timed: a wrong one has no time, and a wrong one of ours fails the command. Kernels
     take about five minutes, `--suite train` (whole models in processes of their own) some ten more.
     """
+    if suite == GPU or tune:
+        _claim(json_file, None, overwrite)
+        measure_gpu(suite, tune, json_file)
+        return
     chosen = _plan(suite, shapes, dtype, models)
     names = None if against is None else _choices("--against", against, PEERS)
     _claim(json_file, plot_file, overwrite)
@@ -100,6 +108,34 @@ def command(
     wrong = wrong_results(rows)
     if wrong:
         raise FerroloraError(f"results of ferrolora are wrong: {'; '.join(wrong)}")
+
+
+def measure_gpu(suite: str, tune: bool, json_file: Path | None) -> None:
+    """Measure the kernels on the current GPU beside its ceilings and the installed peers, in some two minutes."""
+    from ferrolora.bench.gpu.row import HEADER
+    from ferrolora.bench.gpu.suite import fused_crossover, rows, saved_bytes
+    from ferrolora.cuda.crossover import record
+
+    if suite != GPU:
+        raise typer.BadParameter(f"--tune goes with --suite {GPU}")
+    if not torch.cuda.is_available():
+        raise CudaError("--suite gpu needs an NVIDIA GPU that torch can use; `ferrolora doctor` says what is missing")
+    name = torch.cuda.get_device_name()
+    if tune:
+        crossover = fused_crossover()
+        print(f"{name}: fused wins up to {crossover} rows; kept in {record(name, crossover)}")
+    found = []
+    with progress("bench") as update:
+        for row in rows():
+            found.append(row)
+            update(len(found), 0, row.work)
+    saved = saved_bytes()
+    print(f"{name}, torch {torch.__version__}")
+    print_table([row.cells() for row in found], HEADER)
+    print(f"saved for backward: {saved:.3f} of the ideal, target at most 1.05")
+    if json_file is not None:
+        content = {"machine": machine(torch.get_num_threads()), "gpu": name, "saved_bytes": saved}
+        write_json(json_file, {**content, "rows": [row.to_json() for row in found]})
 
 
 def run(chosen: Plan, peers: frozenset[str], threads: int, rounds: int) -> list[Row]:
