@@ -225,9 +225,9 @@ def test_a_packed_weight_without_its_scales_is_an_error(folder: Path, tmp_path: 
 
 
 def test_a_device_without_kernels_is_refused_by_name(folder: Path) -> None:
-    with pytest.raises(UnsupportedError, match="cuda:0"):
+    with pytest.raises(UnsupportedError, match="xpu:0"):
         AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=fl.FerroloraConfig(), device_map={"": torch.device("cuda:0")}
+            folder, quantization_config=fl.FerroloraConfig(), device_map={"": torch.device("xpu:0")}
         )
 
 
