@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import bounds
 import figures
 
 from ferrolora.bench import plot as plot_module
@@ -133,7 +134,12 @@ def _targets(source: Source) -> str:
     kind = f"For {column_names()[column(machine)]}, {target_threads()} threads: {count}."
     note = "≥ 2x: at least twice as fast as what it is measured against; ≤ 0.5x: at most half its memory."
     body = figures.table(TARGET_HEADER, rows, left=2)
-    return f"## Targets\n\n{kind} {note} {_origin(source)}\n\n{body}"
+    parts = [f"## Targets\n\n{kind} {note} {_origin(source)}", body]
+    missed_lines = bounds.bounds(source.result.rows, judged)
+    if missed_lines:
+        parts += ["### What bounds the misses", (bounds.__doc__ or "").partition("\n\n")[2].strip()]
+        parts += [figures.table(bounds.HEADER, missed_lines, left=2), bounds.TRIED.rstrip()]
+    return "\n\n".join(parts)
 
 
 def _losses(found: Sequence[Source]) -> str:
