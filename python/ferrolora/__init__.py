@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ferrolora.adapters.loha import LoHaConfig as LoHaConfig
     from ferrolora.adapters.lora import LoraConfig as LoraConfig
     from ferrolora.adapters.lora_plus import lora_plus_groups as lora_plus_groups
+    from ferrolora.adapters.multitask_prompt import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from ferrolora.adapters.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from ferrolora.adapters.prefix import PrefixTuningConfig as PrefixTuningConfig
+    from ferrolora.adapters.prompt import PromptTuningConfig as PromptTuningConfig
     from ferrolora.adapters.siblings import share_inputs as share_inputs
     from ferrolora.errors import CudaError as CudaError
     from ferrolora.errors import FerroloraError as FerroloraError
@@ -79,6 +83,10 @@ _HOME = {  # public name -> the module that defines it
     "AdaLoraConfig": "ferrolora.adapters.adalora",
     "IA3Config": "ferrolora.adapters.ia3",
     "LoHaConfig": "ferrolora.adapters.loha",
+    "PromptTuningConfig": "ferrolora.adapters.prompt",
+    "PromptEncoderConfig": "ferrolora.adapters.p_tuning",
+    "PrefixTuningConfig": "ferrolora.adapters.prefix",
+    "MultitaskPromptTuningConfig": "ferrolora.adapters.multitask_prompt",
     "lora_plus_groups": "ferrolora.adapters.lora_plus",
     "initialize_lora_eva_weights": "ferrolora.model.eva",
     "TaskType": "ferrolora.adapters.config",

@@ -26,6 +26,7 @@ class Case:
         config: name of the configuration class, the same here and in PEFT (if PEFT has it).
         options: its arguments.
         maker: makes the base model.
+        inputs: what a batch of two rows has besides token ids.
         cannot: {check: why it cannot exist}; "check on base" narrows it.
     """
 
@@ -33,6 +34,7 @@ class Case:
     options: dict[str, Any]
     maker: Callable[[], nn.Module] = models.llama
     cannot: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def ours(self) -> Any:
         """Our configuration."""
@@ -44,8 +46,10 @@ class Case:
         return next((self.cannot[key] for key in (check, f"{check} on {packed}") if key in self.cannot), None)
 
 
+_TOKENS: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 _TARGETS = ["q_proj", "v_proj", "down_proj"]
 _LOHA_IN_PEFT = "PEFT takes the shape of LoHa's matrices from the packed weight"
+_NO_WEIGHT = {"merges": "virtual tokens have no place in a weight"}
 _RESIDUAL = "PEFT cannot give a packed base its residual weight"
 
 CASES: dict[str, Case] = {
@@ -72,6 +76,19 @@ CASES: dict[str, Case] = {
         cannot={"into PEFT on packed": _LOHA_IN_PEFT, "from PEFT on packed": _LOHA_IN_PEFT},
     ),
     "AdaLoRA": Case("AdaLoraConfig", {"target_modules": _TARGETS, "init_r": 6, "target_r": 3, "total_step": 12}),
+    "Prompt tuning": Case("PromptTuningConfig", _TOKENS, cannot=_NO_WEIGHT),
+    "P-tuning, MLP": Case("PromptEncoderConfig", _TOKENS, cannot=_NO_WEIGHT),
+    "P-tuning, LSTM": Case(
+        "PromptEncoderConfig", _TOKENS | {"encoder_reparameterization_type": "LSTM"}, cannot=_NO_WEIGHT
+    ),
+    "Prefix tuning": Case("PrefixTuningConfig", _TOKENS, cannot=_NO_WEIGHT),
+    "Prefix tuning, projected": Case("PrefixTuningConfig", _TOKENS | {"prefix_projection": True}, cannot=_NO_WEIGHT),
+    "Multitask prompt tuning": Case(
+        "MultitaskPromptTuningConfig",
+        _TOKENS | {"num_tasks": 2, "num_ranks": 2},
+        cannot=_NO_WEIGHT,
+        inputs={"task_ids": torch.tensor([0, 1])},
+    ),
 }
 
 

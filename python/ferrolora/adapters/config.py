@@ -23,6 +23,10 @@ class PeftType(str, Enum):
     ADALORA = "ADALORA"
     IA3 = "IA3"
     LOHA = "LOHA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
 
 class TaskType(str, Enum):

@@ -5,18 +5,27 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ferrolora.adapters import adalora, ia3, loha, lora
+from ferrolora.adapters import adalora, ia3, loha, lora, multitask_prompt, p_tuning, prefix, prompt
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import PeftConfig, PeftType
+from ferrolora.adapters.prompt_base import PromptEncoder, PromptLearningConfig, PromptStart
 from ferrolora.errors import UnsupportedError
 
 
 class AdapterMethod(NamedTuple):
-    """One row: a method's configuration, how it wraps a module (path given for messages), what it adds to the loss."""
+    """One row: a method's configuration, and what it does with a model.
+
+    Attributes:
+        config_class: of the method.
+        wrap: puts the adapter around a module (its path is for messages); None for virtual tokens.
+        penalty: what the method adds to a training loss.
+        encoder: makes virtual tokens; None for a method that adapts modules.
+    """
 
     config_class: type[PeftConfig]
-    wrap: Callable[[nn.Module, str, PeftConfig], AdapterLayer] | None
+    wrap: Callable[[nn.Module, str, PeftConfig], AdapterLayer] | None = None
     penalty: Callable[[Iterable[AdapterLayer], str, PeftConfig], Tensor | None] | None = None
+    encoder: Callable[[PromptLearningConfig, PromptStart], PromptEncoder] | None = None
 
 
 METHODS: dict[PeftType, AdapterMethod] = {
@@ -24,6 +33,12 @@ METHODS: dict[PeftType, AdapterMethod] = {
     PeftType.ADALORA: AdapterMethod(adalora.AdaLoraConfig, adalora.wrap, adalora.orthogonal_penalty),
     PeftType.IA3: AdapterMethod(ia3.IA3Config, ia3.wrap),
     PeftType.LOHA: AdapterMethod(loha.LoHaConfig, loha.wrap),
+    PeftType.PROMPT_TUNING: AdapterMethod(prompt.PromptTuningConfig, encoder=prompt.PromptEmbedding),
+    PeftType.P_TUNING: AdapterMethod(p_tuning.PromptEncoderConfig, encoder=p_tuning.build),
+    PeftType.PREFIX_TUNING: AdapterMethod(prefix.PrefixTuningConfig, encoder=prefix.build),
+    PeftType.MULTITASK_PROMPT_TUNING: AdapterMethod(
+        multitask_prompt.MultitaskPromptTuningConfig, encoder=multitask_prompt.MultitaskPromptEmbedding
+    ),
 }
 
 

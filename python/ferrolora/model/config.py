@@ -7,7 +7,9 @@ from torch import nn
 
 from ferrolora.adapters.config import ModuleConfig, PeftConfig, TaskType
 from ferrolora.adapters.ia3 import IA3Config
+from ferrolora.adapters.prompt_base import PromptLearningConfig
 from ferrolora.model.ia3_targets import fill_targets
+from ferrolora.model.prompt_sizes import fill_sizes
 from ferrolora.model.targets import TASK_HEADS
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
@@ -26,7 +28,9 @@ def config_for(model: nn.Module, config: ConfigT) -> ConfigT:
     if isinstance(concrete, IA3Config):
         fill_targets(model, concrete)
     heads = TASK_HEADS.get(TaskType(concrete.task_type), ()) if concrete.task_type is not None else ()
-    if heads and isinstance(concrete, ModuleConfig):
+    if isinstance(concrete, PromptLearningConfig):
+        fill_sizes(model, concrete)
+    if heads and isinstance(concrete, (ModuleConfig, PromptLearningConfig)):
         concrete.modules_to_save = list(dict.fromkeys([*(concrete.modules_to_save or ()), *heads]))
     return concrete
 

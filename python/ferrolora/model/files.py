@@ -109,4 +109,5 @@ def upload(model: "PeftModel", repo_id: str, **options: Any) -> str:
 def adapter_places(model: "PeftModel") -> list[str]:
     """The names in memory of every tensor that belongs to an adapter, each once."""
     places = (adapter_keys(model, name, config).values() for name, config in model.peft_config.items())
-    return list(dict.fromkeys(place for group in places for place in group))
+    encoders = [f"prompt_encoder.{key}" for key in model.prompt_encoder.state_dict()]
+    return list(dict.fromkeys([*(place for group in places for place in group), *encoders]))

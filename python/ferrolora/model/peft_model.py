@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from ferrolora.adapters.adalora_allocator import RankAllocator
-from ferrolora.adapters.base import AdapterLayer
+from ferrolora.adapters.base import AdapterLayer, check_adapter_name
 from ferrolora.adapters.config import ModuleConfig, PeftConfig
+from ferrolora.adapters.prompt_base import PromptLearningConfig
 from ferrolora.adapters.registry import method_of
 from ferrolora.adapters.rows import BASE
 from ferrolora.errors import TargetError, UnsupportedError
-from ferrolora.model import allocation, files, hotswap, inject, merge, weighted
+from ferrolora.model import allocation, files, hotswap, inject, merge, prompts, weighted
 from ferrolora.model.config import config_for
 from ferrolora.model.count import count_parameters
 from ferrolora.model.float_weights import FloatWeights
 from ferrolora.model.kbit import is_checkpointing, require_input_grads
 from ferrolora.model.pretrained import surface_class
-from ferrolora.model.state_dict import LoadResult, get_peft_model_state_dict
+from ferrolora.model.state_dict import LoadResult, get_peft_model_state_dict, prompt_encoder
+
+# What the class itself must have before anything is looked up on the base: not there yet while unpickling.
+_OWN = ("base_model", "prompt_encoder", "peft_config", "active_adapters", "_allocators", "_adapters_enabled")
 
 
 class PeftModel(nn.Module):
@@ -59,13 +63,15 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel) or any(inject.wrappers(model)):
             raise UnsupportedError("the model has adapters already; add another with its add_adapter()")
         self.base_model = inject.AdaptedModel(model)
+        self.prompt_encoder = nn.ModuleDict()  # of adapters with virtual tokens
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
+        self._adapters_enabled = True
         self._allocators: dict[str, RankAllocator] = {}
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype, float_weights)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         inject.train_only_adapters(model)
-        inject.activate(model, [adapter_name], self.peft_config, not peft_config.inference_mode)
+        self._activate([adapter_name], not peft_config.inference_mode)
         if is_checkpointing(model):
             require_input_grads(model)
 
@@ -74,8 +80,9 @@ class PeftModel(nn.Module):
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        prompted = self._prompted()
         with self._rows(kwargs.pop("adapter_names", None)):
-            output = self.base_model(*args, **kwargs)
+            output = prompted.forward(*args, **kwargs) if prompted is not None else self.base_model(*args, **kwargs)
         return self._with_penalty(output) if self.training else output
 
     def _with_penalty(self, output: Any) -> Any:
@@ -93,8 +100,19 @@ class PeftModel(nn.Module):
 
         `adapter_names=[…]` gives each row of the batch its own adapter, as in a forward pass.
         """
+        prompted = self._prompted()
         with self._rows(kwargs.pop("adapter_names", None)):
+            if prompted is not None:
+                return prompted.generate(*args, **kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _prompted(self) -> prompts.Prompted | None:
+        """The base with the virtual tokens of the active adapter that has some."""
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if isinstance(config, PromptLearningConfig) and self._adapters_enabled:
+                return prompts.Prompted(self.get_base_model(), config, prompt_encoder(self, name))
+        return None
 
     @contextmanager
     def _rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
@@ -110,12 +128,7 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in (
-                "base_model",
-                "peft_config",
-                "active_adapters",
-                "_allocators",
-            ):  # not there yet while unpickling
+            if name in _OWN:
                 raise
             return getattr(self._modules["base_model"], name)
 
@@ -148,7 +161,7 @@ class PeftModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise TargetError(f"the model has an adapter {adapter_name!r} already")
-        if not isinstance(peft_config, ModuleConfig):
+        if not isinstance(peft_config, (ModuleConfig, PromptLearningConfig)):
             raise UnsupportedError(f"{type(peft_config).__name__} is not the configuration of a supported method")
         biased = [
             config for config in (*self.peft_config.values(), peft_config) if inject.bias_choice(config) != "none"
@@ -159,11 +172,16 @@ class PeftModel(nn.Module):
             )
         model = self.get_base_model()
         config = config_for(model, peft_config)
-        weights = FloatWeights(model, float_weights)
-        inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype, weights)
+        if isinstance(config, PromptLearningConfig):
+            check_adapter_name(adapter_name)
+            self.prompt_encoder[adapter_name] = prompts.make_encoder(model, config)
+            inject.inject_saved_modules(model, adapter_name, config.modules_to_save)
+        else:
+            weights = FloatWeights(model, float_weights)
+            inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype, weights)
         self.peft_config[adapter_name] = config
         trainable = [p.requires_grad for p in self._parameters_of(self.active_adapters)]
-        inject.activate(model, self.active_adapters, self.peft_config, any(trainable))
+        self._activate(self.active_adapters, any(trainable))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose deltas add up, the active ones.
@@ -179,8 +197,15 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
         self._refuse_merged("setting another adapter")
-        inject.activate(self.get_base_model(), names, self.peft_config, not inference_mode)
+        if sum(self.peft_config[name].is_prompt_learning for name in names) > 1:
+            raise UnsupportedError(f"{names}: only one adapter with virtual tokens can be active")
+        self._activate(names, not inference_mode)
         self.active_adapters = names
+
+    def _activate(self, names: Sequence[str], trainable: bool) -> None:
+        inject.activate(self.get_base_model(), names, self.peft_config, trainable)
+        for name, encoder in self.prompt_encoder.items():
+            encoder.requires_grad_(trainable and name in names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If it was the only active one, the first that is left becomes active."""
@@ -188,6 +213,8 @@ class PeftModel(nn.Module):
         self._refuse_merged("deleting one")
         for _, layer in inject.wrappers(self.get_base_model()):
             layer.delete_adapter(adapter_name)
+        if adapter_name in self.prompt_encoder:
+            del self.prompt_encoder[adapter_name]
         del self.peft_config[adapter_name]
         self._allocators.pop(adapter_name, None)
         left = [name for name in self.active_adapters if name != adapter_name]
@@ -238,11 +265,11 @@ class PeftModel(nn.Module):
         """Within the context the model is the base. A merge is undone at the start and done again at the end."""
         merged = self._merged()
         self.unmerge_adapter()
-        inject.enable(self.get_base_model(), False, self.peft_config)
+        self._enable(False)
         try:
             yield
         finally:
-            inject.enable(self.get_base_model(), True, self.peft_config)
+            self._enable(True)
             if merged:
                 self.merge_adapter(merged)
 
@@ -252,6 +279,10 @@ class PeftModel(nn.Module):
         With transformers' Trainer `ferrolora.train.callbacks.AdaLoraCallback` calls it.
         """
         allocation.update_and_allocate(self, global_step)
+
+    def _enable(self, enabled: bool) -> None:
+        self._adapters_enabled = enabled
+        inject.enable(self.get_base_model(), enabled, self.peft_config)
 
     # -- counting --------------------------------------------------------------------------------------------------
 
@@ -272,8 +303,7 @@ class PeftModel(nn.Module):
 
         A float weight is replaced by W + Σ ΔW and kept aside; beside a packed weight the deltas are frozen as they are.
         """
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
+        names = self._mergeable(adapter_names)
         for layer in self._layers():
             layer.merge(names)
 
@@ -295,8 +325,7 @@ class PeftModel(nn.Module):
         """
         if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
             raise UnsupportedError(f"merge_and_unload(dtype={dtype}): choose torch.float16, bfloat16 or float32")
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
+        names = self._mergeable(adapter_names)
         self.unmerge_adapter()
         return merge.merge_and_unload(self.get_base_model(), names, dtype)
 
@@ -433,8 +462,19 @@ class PeftModel(nn.Module):
         if self._merged():
             raise UnsupportedError(f"{self._merged()} are merged; call unmerge_adapter() before {what}")
 
+    def _mergeable(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._known(names)
+        for name in names:
+            if self.peft_config[name].is_prompt_learning:
+                raise UnsupportedError(f"adapter {name!r} has virtual tokens, which have no place in a weight")
+        return names
+
     def _parameters_of(self, names: Sequence[str]) -> list[nn.Parameter]:
-        return [p for _, layer in inject.wrappers(self) for name in names for p in layer.adapter_parameters(name)]
+        inside = [p for _, layer in inject.wrappers(self) for name in names for p in layer.adapter_parameters(name)]
+        return inside + [
+            p for name in names if name in self.prompt_encoder for p in self.prompt_encoder[name].parameters()
+        ]
 
     def _known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]

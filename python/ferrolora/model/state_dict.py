@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import PeftConfig
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
+from ferrolora.adapters.prompt_base import PromptEncoder
 from ferrolora.errors import ShapeError, TargetError
 from ferrolora.model.inject import bias_choice, bias_parameters, wrappers
 
@@ -34,8 +35,10 @@ def adapter_keys(model: nn.Module, adapter_name: str, config: PeftConfig) -> dic
     for path, layer in wrappers(model):
         if isinstance(layer, ModulesToSaveWrapper):
             if adapter_name in layer.modules_to_save:
+                # PEFT holds the base of virtual tokens without the shell that is around it otherwise
+                file_path = path.replace("base_model.model.", "base_model.", 1) if config.is_prompt_learning else path
                 for key in layer.modules_to_save[adapter_name].state_dict():
-                    keys[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
+                    keys[f"{file_path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
             continue
         for container in layer.containers:
             entries = layer.entries(container)
@@ -102,7 +105,8 @@ def get_peft_model_state_dict(
     if save_embedding_layers:
         keys.update(embedding_keys(model))
     tensors = tensors_by_name(model) if state_dict is None else state_dict
-    return _to_file(model, adapter_name, config, {key: tensors[place].detach() for key, place in keys.items()})
+    found = _to_file(model, adapter_name, config, {key: tensors[place].detach() for key, place in keys.items()})
+    return found | (prompt_encoder(model, adapter_name).to_file() if config.is_prompt_learning else {})
 
 
 @torch.no_grad()
@@ -126,6 +130,10 @@ def set_peft_model_state_dict(
         TargetError: the model has no such adapter.
     """
     config = _config(model, adapter_name)
+    if config.is_prompt_learning:
+        prompt_encoder(model, adapter_name).from_file(peft_model_state_dict)
+        rest = {key: value for key, value in peft_model_state_dict.items() if key.startswith("base_model.")}
+        peft_model_state_dict = rest
     for path, layer in wrappers(model):
         if isinstance(layer, AdapterLayer) and adapter_name in layer.adapter_names():
             layer.make_room(adapter_name, _below(path, peft_model_state_dict))
@@ -145,6 +153,13 @@ def set_peft_model_state_dict(
             )
         place.copy_(tensor)
     return LoadResult([key for key in keys if key not in peft_model_state_dict], unexpected)
+
+
+def prompt_encoder(model: nn.Module, name: str) -> PromptEncoder:
+    """The encoder of an adapter with virtual tokens."""
+    encoder = model.get_submodule(f"prompt_encoder.{name}")
+    assert isinstance(encoder, PromptEncoder)
+    return encoder
 
 
 def _to_file(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -67,5 +67,5 @@ def test_sets_become_sorted_lists() -> None:
 def test_every_method_has_a_row_and_builds_its_own_configuration() -> None:
     assert set(METHODS) == set(fl.PeftType)
     for peft_type, method in METHODS.items():
-        required = {"total_step": 3} if peft_type == "ADALORA" else {}
+        required = {"total_step": 3} if peft_type == "ADALORA" else {"num_virtual_tokens": 2} if method.encoder else {}
         assert method.config_class(**required).peft_type == peft_type

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 import ferrolora as fl
+from ferrolora.adapters.base import dense_linear
+from ferrolora.model.inject import replace_module
+from ferrolora.model.merge import packed_linears
 from tiny import models
 from tiny.methods import CASES, Case, base_of, float_weights, perturb
 from tiny.text import questions
@@ -27,7 +30,7 @@ pytestmark = [
 # The same numbers summed in another order (fused, stacked, as a Khatri-Rao product): logits of order 1 from sums of up
 # to 48 float32 products in two layers. On a float base LoRA is the same calls in the same order, and differs by 0.
 OTHER_ORDER = {"atol": 1e-6, "rtol": 0.0}
-EXACT_ON_FLOAT = ("LoRA", "rsLoRA", "LoRA with token rows", "PiSSA", "OLoRA", "IA3")
+EXACT_ON_FLOAT = ("LoRA", "rsLoRA", "LoRA with token rows", "PiSSA", "OLoRA", "IA3", "Prompt tuning", "Prefix tuning")
 
 
 class World:
@@ -50,10 +53,11 @@ class World:
         return fl.PeftModel.from_pretrained(copy.deepcopy(self.stored), directory, float_weights=self.weights)
 
     def compare(self, name: str, left: nn.Module, right: nn.Module) -> None:
+        answers = models.logits(left, **self.case.inputs), models.logits(right, **self.case.inputs)
         if self.kind == "float32" and name in EXACT_ON_FLOAT:
-            assert torch.equal(models.logits(left), models.logits(right))
+            assert torch.equal(*answers)
         else:
-            torch.testing.assert_close(models.logits(left), models.logits(right), **OTHER_ORDER)
+            torch.testing.assert_close(*answers, **OTHER_ORDER)
 
 
 def gradients(name: str, world: World, directory: Path) -> None:
@@ -61,14 +65,11 @@ def gradients(name: str, world: World, directory: Path) -> None:
     model = world.adapted().train()
     model.save_pretrained(directory)
     twin = copy.deepcopy(model)
-    for _, layer in list(twin.named_modules()):
-        if hasattr(layer, "base_layer") and not layer.writable:
-            from ferrolora.adapters.base import dense_linear
-
-            layer.base_layer = dense_linear(layer.base_layer, torch.float32)
+    for layer in packed_linears(twin):
+        replace_module(twin, layer, dense_linear(layer, torch.float32))
     grads = []
     for each in (model, twin):
-        each(input_ids=models.token_ids(), labels=models.token_ids()).loss.backward()
+        each(input_ids=models.token_ids(), labels=models.token_ids(), **world.case.inputs).loss.backward()
         grads.append({key: p.grad for key, p in each.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys()
     for key, grad in grads[0].items():
@@ -88,17 +89,18 @@ def trains(name: str, world: World, directory: Path) -> None:
         base.get_output_embeddings().weight.mul_(10)  # type: ignore[operator]  # logits that adapters can move
     model = fl.get_peft_model(base, case.ours(), float_weights=world.weights)
     ids = questions()
+    rows = {key: value.repeat(len(ids) // len(value)) for key, value in case.inputs.items()}
     frozen = {key: p.clone() for key, p in model.named_parameters() if not p.requires_grad}
 
     def loss() -> float:
         with torch.no_grad():
-            return model.eval()(input_ids=ids, labels=ids).loss.item()  # type: ignore[no-any-return]
+            return model.eval()(input_ids=ids, labels=ids, **rows).loss.item()  # type: ignore[no-any-return]
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-2)
     before = loss()
     for step in range(15):
         optimizer.zero_grad()
-        model.train()(input_ids=ids, labels=ids).loss.backward()
+        model.train()(input_ids=ids, labels=ids, **rows).loss.backward()
         optimizer.step()
         model.update_and_allocate(step + 1)
     assert loss() < 0.95 * before
@@ -111,8 +113,9 @@ def saves(name: str, world: World, directory: Path) -> None:
     model = world.adapted()
     model.save_pretrained(directory)
     again = world.load(directory)
-    assert torch.equal(models.logits(again), models.logits(model))
-    assert not torch.equal(models.logits(model), models.logits(world.stored))
+    answer = models.logits(model, **world.case.inputs)
+    assert torch.equal(models.logits(again, **world.case.inputs), answer)
+    assert not torch.equal(answer[:, -6:], models.logits(world.stored))
 
 
 def into_peft(name: str, world: World, directory: Path) -> None:
