@@ -55,7 +55,8 @@ dequantize_4bit(const u8* __restrict__ codes, const void* __restrict__ absmax, c
         u32 words[CHUNKS];
         float scale[CHUNKS];
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) words[i] = load(reinterpret_cast<const u32*>(own_codes + index / 2) + i * THREADS);
+        for (int i = 0; i < CHUNKS; ++i)
+            words[i] = load(reinterpret_cast<const u32*>(own_codes + index / 2) + i * THREADS);
 #pragma unroll
         for (int i = 0; i < CHUNKS; ++i) scale[i] = scales.at((index + i * THREADS * 8) / FL_BLOCK_SIZE);
 #pragma unroll
@@ -119,8 +120,10 @@ dequantize_4bit_transposed(const u8* __restrict__ codes, const void* __restrict_
         float line[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) line[i] = to_float(load(from + i));
-        if (n % 8 == 0) store8(out + out_row * n + col, line);
-        else store8_tail(out + out_row * n + col, n - col, line);
+        if (n % 8 == 0)
+            store8(out + out_row * n + col, line);
+        else
+            store8_tail(out + out_row * n + col, n - col, line);
     }
 }
 #else
@@ -149,8 +152,10 @@ dequantize_int8(const i8* __restrict__ codes, const float* __restrict__ scb, Typ
             if (col == cols && j < count) scale = load(scb + ++row), col = 0;
             values[j] = int8_value(bytes.at[j], scale);
         }
-        if (count >= 8) store8(out + index, values);
-        else store8_tail(out + index, count, values);
+        if (count >= 8)
+            store8(out + index, values);
+        else
+            store8_tail(out + index, count, values);
     }
 }
 #endif

@@ -23,7 +23,8 @@ FL_DEVICE void multiply_step(const u8* x, const u8* w, const float* scales, Warp
         part.clear();
 #pragma unroll
         for (int step = 0; step < GRAIN / 16; ++step)
-            part.add<Type, ALONG, ROW_BYTES, ALONG, ROW_BYTES>(x, warp_row(), w, warp_col(), grain * (GRAIN / 16) + step);
+            part.add<Type, ALONG, ROW_BYTES, ALONG, ROW_BYTES>(x, warp_row(), w, warp_col(),
+                                                               grain * (GRAIN / 16) + step);
         const float* scale = scales + grain * FL_TILE_N + warp_col() + thread_x() % 4 * 2;
 #pragma unroll
         for (int j = 0; j < WARP_N / 8; ++j) {
@@ -64,8 +65,8 @@ FL_DEVICE void add_branch(const Layout<Tile>& layout, const Type* s, const LoraT
 FL_KERNEL(THREADS, 1)
 gemm_4bit(const Type* __restrict__ x, const u8* __restrict__ codes, const void* __restrict__ absmax,
           const float* __restrict__ nested, const float* __restrict__ offset, const BiasType* __restrict__ bias,
-          const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y,
-          float* __restrict__ partial, u32* __restrict__ counters, i64 m, i64 n, i64 k, float scaling) {
+          const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y, float* __restrict__ partial,
+          u32* __restrict__ counters, i64 m, i64 n, i64 k, float scaling) {
     const Layout<Tile> layout;
     Tile weight(codes, absmax, nested, offset, n, k);
     const Share share = share_of(k / DEPTH);
@@ -82,7 +83,7 @@ gemm_4bit(const Type* __restrict__ x, const u8* __restrict__ codes, const void* 
         [&](int step) { weight.fetch_scales(first_row, column(step)); },
         [&](int step) { multiply_step(layout.activations(step), layout.tile(step), layout.scales(step), sums); });
     if (FL_RANK > 0 && block_z() == 0) add_branch(layout, s, b, m, n, scaling, sums);
-    finish(layout, sums, m, n, partial, counters, [&](i64 row, i64 col, float(&values)[8]) {
+    finish(layout, sums, m, n, partial, counters, [&](i64 row, i64 col, float (&values)[8]) {
         if (bias) {
             float b8[8];
             load_run(bias, n, col, b8);

@@ -48,7 +48,7 @@ FL_DEVICE void add_branch(const Layout<Tile>& layout, const float* ds, const Lor
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
             part.add<Type, ALONG, ROW_BYTES, ACROSS, Tile::TILE_ROW_BYTES>(layout.activations(0), warp_row(),
-                                                                         layout.tile(0), warp_col(), step);
+                                                                           layout.tile(0), warp_col(), step);
         block_barrier();
     }
     if (FL_DROPOUT) mask(layout, dropout, m, k, part);
@@ -84,10 +84,10 @@ gemm_4bit_backward(const Type* __restrict__ dy, const u8* __restrict__ codes, co
 #pragma unroll
             for (int i = 0; i < DEPTH / 16; ++i)
                 sums.add<Type, ALONG, ROW_BYTES, ACROSS, Tile::TILE_ROW_BYTES>(layout.activations(step), warp_row(),
-                                                                             layout.tile(step), warp_col(), i);
+                                                                               layout.tile(step), warp_col(), i);
         });
     if (FL_RANK > 0 && block_z() == 0)
         add_branch(layout, ds, a, make_dropout<FL_DROPOUT>(seed, threshold, keep), m, k, sums);
     finish(layout, sums, m, k, partial, counters,
-           [&](i64 row, i64 col, float(&values)[8]) { store_run(dx + row * k, k, col, values); });
+           [&](i64 row, i64 col, float (&values)[8]) { store_run(dx + row * k, k, col, values); });
 }

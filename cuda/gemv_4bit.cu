@@ -2,9 +2,9 @@
 //
 // A block owns 16 · FL_TILES rows of W; its warps take turns along K. Rows of W are rows of the tensor core's first
 // operand and rows of x columns of the second, so up to eight rows of x cost what one does, and codes go from memory to
-// registers without passing through shared memory: a product does not mind in which order the depth is taken, so lane t of
-// a quad simply takes RUN neighbouring values of its row of W and of x. A unit of 4 · RUN values lies in one block of
-// the codec; its sum is scaled once.
+// registers without passing through shared memory: a product does not mind in which order the depth is taken, so lane t
+// of a quad simply takes RUN neighbouring values of its row of W and of x. A unit of 4 · RUN values lies in one block
+// of the codec; its sum is scaled once.
 #include "common/decode.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
@@ -17,11 +17,11 @@ using BiasType = FL_BIAS_TYPE;
 using Codec = FL_CODEC;
 
 constexpr int THREADS = 32 * FL_WARPS;
-constexpr int ROWS = 16 * FL_TILES;  // of W, a block
-constexpr int COLS = 8;              // rows of x
+constexpr int ROWS = 16 * FL_TILES; // of W, a block
+constexpr int COLS = 8;             // rows of x
 constexpr int RUN = FL_BLOCK_SIZE >= 128 ? 32 : FL_BLOCK_SIZE / 4;
 constexpr int UNIT = 4 * RUN;
-constexpr int WORDS = RUN / 8; // of codes, a lane and row
+constexpr int WORDS = RUN / 8;                       // of codes, a lane and row
 constexpr int BATCH = WORDS * FL_TILES <= 2 ? 3 : 2; // units whose loads are on their way together
 
 // Decodes words of eight codes: by byte permutes, or with FL_PAIR_TABLE by a table of the 256 bytes in shared memory, a
@@ -129,8 +129,8 @@ struct Gemv {
 FL_KERNEL(THREADS, 512 / THREADS)
 gemv_4bit(const Type* __restrict__ x, const u8* __restrict__ codes, const void* __restrict__ absmax,
           const float* __restrict__ nested, const float* __restrict__ offset, const BiasType* __restrict__ bias,
-          const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y,
-          float* __restrict__ partial, u32* __restrict__ counters, i64 m, i64 n, i64 k, float scaling) {
+          const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y, float* __restrict__ partial,
+          u32* __restrict__ counters, i64 m, i64 n, i64 k, float scaling) {
     FL_SHARED(float, warp_sums, FL_WARPS * COLS * ROWS); // [warp][row of x][row of W]
     const Decoder decode;
     const int warp = thread_x() / 32, lane = thread_x() % 32;

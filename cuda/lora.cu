@@ -9,7 +9,7 @@ FL_KERNEL(THREADS)
 lora_input(const Type* __restrict__ x, const LoraType* __restrict__ a, const u64* __restrict__ seed,
            Type* __restrict__ s, float* __restrict__ partial, u32* __restrict__ counters, i64 m, i64 k, u32 threshold,
            float keep) {
-    FL_SHARED(u8, ring, SLOTS* TILE_BYTES);
+    FL_SHARED(u8, ring, SLOTS * TILE_BYTES);
     FL_SHARED(u8, thin, 2 * THIN_BYTES);
     const Tall<FL_DROPOUT> tall{x, m, k, make_dropout<FL_DROPOUT>(seed, threshold, keep)};
     const Share share = share_of((k + TILE - 1) / TILE);
@@ -60,7 +60,8 @@ struct SharedSum {
 constexpr int COLUMN_TILES = FL_COLUMNS / TILE;
 constexpr int ROW_TILES = FL_ROWS / TILE;
 static_assert(FL_COLUMNS * WIDTH <= 12288, "a block's sums across its rows stay in registers");
-static_assert(SLOTS * TILE_BYTES + (COLUMN_TILES + 1) * THIN_BYTES < 48 * 1024, "and its tiles in static shared memory");
+static_assert(SLOTS * TILE_BYTES + (COLUMN_TILES + 1) * THIN_BYTES < 48 * 1024,
+              "and its tiles in static shared memory");
 
 // A block's part of T: FL_ROWS × FL_COLUMNS, and the words where it meets the blocks of its rows and of its columns.
 struct Part {
@@ -113,7 +114,7 @@ FL_KERNEL(THREADS)
 lora_output_gradients(const Type* __restrict__ dy, const LoraType* __restrict__ b, const Type* __restrict__ s,
                       float* __restrict__ ds, LoraType* __restrict__ db, float* __restrict__ ds_partial,
                       float* __restrict__ db_partial, u32* __restrict__ counters, i64 m, i64 n, float scaling) {
-    FL_SHARED(u8, ring, SLOTS* TILE_BYTES);
+    FL_SHARED(u8, ring, SLOTS * TILE_BYTES);
     FL_SHARED(u8, thin, (COLUMN_TILES + 1) * THIN_BYTES); // Bᵀ of the block's columns, then Sᵀ of a row tile
     const Part part(m, n);
     const SharedSum row_sum = part.rows(ds_partial, counters, m), col_sum = part.columns(db_partial, counters, n);
@@ -141,9 +142,8 @@ lora_output_gradients(const Type* __restrict__ dy, const LoraType* __restrict__ 
     columns.put(part, col_sum, n);
     row_sum.collect(part.row, min_of(part.row + FL_ROWS, m), part.rank,
                     [&](i64 i, i64 r, float sum) { store(ds + i * FL_RANK + r, scaling * sum); });
-    col_sum.collect(part.col, min_of(part.col + FL_COLUMNS, n), part.rank, [&](i64 i, i64 r, float sum) {
-        store(db + i * FL_RANK + r, from_float<LoraType>(scaling * sum));
-    });
+    col_sum.collect(part.col, min_of(part.col + FL_COLUMNS, n), part.rank,
+                    [&](i64 i, i64 r, float sum) { store(db + i * FL_RANK + r, from_float<LoraType>(scaling * sum)); });
 }
 
 // dA [r, K] = dSᵀ · drop(x)
@@ -151,7 +151,7 @@ FL_KERNEL(THREADS)
 lora_input_gradient(const Type* __restrict__ x, const float* __restrict__ ds, const u64* __restrict__ seed,
                     LoraType* __restrict__ da, float* __restrict__ da_partial, u32* __restrict__ counters, i64 m, i64 k,
                     u32 threshold, float keep) {
-    FL_SHARED(u8, ring, SLOTS* TILE_BYTES);
+    FL_SHARED(u8, ring, SLOTS * TILE_BYTES);
     FL_SHARED(u8, thin, THIN_BYTES); // dSᵀ of a row tile
     const Part part(m, k);
     const SharedSum col_sum = part.columns(da_partial, counters, k);
@@ -167,8 +167,7 @@ lora_input_gradient(const Type* __restrict__ x, const float* __restrict__ ds, co
         [&](int step, const u8* tile) { columns.add(part.col_tile(step), tile, thin); });
     columns.put(part, col_sum, k);
     const float factor = FL_DROPOUT ? keep : 1.0f;
-    col_sum.collect(part.col, min_of(part.col + FL_COLUMNS, k), part.rank, [&](i64 c, i64 r, float sum) {
-        store(da + r * k + c, from_float<LoraType>(factor * sum));
-    });
+    col_sum.collect(part.col, min_of(part.col + FL_COLUMNS, k), part.rank,
+                    [&](i64 c, i64 r, float sum) { store(da + r * k + c, from_float<LoraType>(factor * sum)); });
 }
 #endif

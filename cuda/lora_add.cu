@@ -3,8 +3,9 @@
 
 constexpr int STRIDE = TILE + 8; // words of a staged row: a half-warp's pairs fall into all banks
 
-// Adds left [lines, r] · right to the block's 64×64 tile of out [lines, width], with factor(row, col, factors) for eight
-// columns at a time. `O` says whether the rank runs along the lines of `right`, [width, r], or across them, [r, width].
+// Adds left [lines, r] · right to the block's 64×64 tile of out [lines, width], with factor(row, col, factors) for
+// eight columns at a time. `O` says whether the rank runs along the lines of `right`, [width, r], or across them, [r,
+// width].
 template <Order O, class Left, class Right, class Factor>
 FL_DEVICE void add_to(Type* out, i64 lines, i64 width, const Left& left, const Right& right, const Factor& factor) {
     FL_SHARED(u8, tile_a, TILE_BYTES);
@@ -45,7 +46,7 @@ FL_KERNEL(THREADS)
 lora_add_output(const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y, i64 m, i64 n,
                 float scaling) {
     add_to<ALONG>(y, m, n, Dense<Type>{s, m, FL_RANK}, Dense<LoraType>{b, n, FL_RANK},
-                  [&](i64, i64, float(&factors)[8]) {
+                  [&](i64, i64, float (&factors)[8]) {
 #pragma unroll
                       for (int i = 0; i < 8; ++i) factors[i] = scaling;
                   });
@@ -56,7 +57,7 @@ lora_add_input_gradient(const float* __restrict__ ds, const LoraType* __restrict
                         Type* __restrict__ dx, i64 m, i64 k, u32 threshold, float keep) {
     const Dropout dropout = make_dropout<FL_DROPOUT>(seed, threshold, keep);
     add_to<ACROSS>(dx, m, k, Dense<float>{ds, m, FL_RANK}, Dense<LoraType>{a, FL_RANK, k},
-                   [&](i64 row, i64 col, float(&factors)[8]) {
+                   [&](i64 row, i64 col, float (&factors)[8]) {
 #pragma unroll
                        for (int group = 0; group < 2; ++group) {
                            u32 words[4];

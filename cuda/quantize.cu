@@ -68,8 +68,10 @@ FL_DEVICE u32 encode8(const float* thresholds, const float (&values)[8], float f
 }
 
 FL_DEVICE void load_some(const Type* x, i64 index, i64 numel, float (&values)[8]) {
-    if (index + 8 <= numel) load8(x + index, values);
-    else load8_tail(x + index, numel - index, values);
+    if (index + 8 <= numel)
+        load8(x + index, values);
+    else
+        load8_tail(x + index, numel - index, values);
 }
 
 FL_KERNEL(THREADS)
@@ -122,7 +124,8 @@ FL_KERNEL(MEAN_THREADS) absmax_mean(const float* __restrict__ absmax, float* __r
         block_barrier();
         if (thread_x() < half) store(sums + thread_x(), load(sums + thread_x()) + load(sums + thread_x() + half));
     }
-    if (thread_x() == 0) store(offset, blocks > 0 ? static_cast<float>(load(sums) / static_cast<double>(blocks)) : 0.0f);
+    if (thread_x() == 0)
+        store(offset, blocks > 0 ? static_cast<float>(load(sums) / static_cast<double>(blocks)) : 0.0f);
 }
 
 constexpr int NESTED_BLOCK_SIZE = 256; // 32 lanes of eight

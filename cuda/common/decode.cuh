@@ -1,6 +1,6 @@
-// Codes to values. A table of sixteen entries is held as byte planes, plane i being byte i of every entry: sixteen bytes
-// in four constants. Three byte permutes look up four codes in a plane: one in each half of the table, and one that
-// chooses between them by the code's high bit.
+// Codes to values. A table of sixteen entries is held as byte planes, plane i being byte i of every entry: sixteen
+// bytes in four constants. Three byte permutes look up four codes in a plane: one in each half of the table, and one
+// that chooses between them by the code's high bit.
 #pragma once
 #include "codebook.cuh"
 #include "dtype.cuh"

@@ -1,5 +1,5 @@
-// The dropout mask: Philox4x32-10, counter (col / 4, row), key seed; element (row, col) takes word col % 4 and is dropped
-// if that is below the threshold p · 2^32. The same function as in rust/core, so no mask is ever stored.
+// The dropout mask: Philox4x32-10, counter (col / 4, row), key seed; element (row, col) takes word col % 4 and is
+// dropped if that is below the threshold p · 2^32. The same function as in rust/core, so no mask is ever stored.
 #pragma once
 #include "ptx.cuh"
 

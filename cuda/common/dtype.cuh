@@ -9,20 +9,13 @@ struct bf16 {
     u16 bits;
 };
 
-// Whether T has tensor-core products and 16-bit tables.
-template <class T> struct is_16bit { static constexpr bool value = sizeof(T) == 2; };
-
-// Table values are known when a kernel is compiled, so these two round at compile time too.
-FL_DEVICE_CONSTEXPR u32 half_bits(u32 x) { return round_to_half(x); }
-FL_DEVICE_CONSTEXPR u32 bf16_bits(u32 x) { return round_to_bf16(x); }
-
-// The 16 bits of float32 bits `x`, rounded to nearest even.
+// The 16 bits of float32 bits `x`, rounded to nearest even, as a constant too.
 template <class T> struct Rounded;
 template <> struct Rounded<half> {
-    static FL_DEVICE_CONSTEXPR u32 bits(u32 x) { return half_bits(x); }
+    static FL_DEVICE_CONSTEXPR u32 bits(u32 x) { return round_to_half(x); }
 };
 template <> struct Rounded<bf16> {
-    static FL_DEVICE_CONSTEXPR u32 bits(u32 x) { return bf16_bits(x); }
+    static FL_DEVICE_CONSTEXPR u32 bits(u32 x) { return round_to_bf16(x); }
 };
 
 FL_DEVICE float to_float(float x) { return x; }

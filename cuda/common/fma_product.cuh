@@ -12,8 +12,7 @@ constexpr int FMA_STRIDE = FMA_TILE + 4; // words; keeps rows 16-byte aligned an
 enum Layout { ALONG_DEPTH, ACROSS_DEPTH };
 
 // Copies elements (first .. first + 64, d .. d + 32) of an operand to tile [d][i].
-template <Layout L, class Matrix>
-FL_DEVICE void load_tile(const Matrix& matrix, i64 first, i64 d, float* tile) {
+template <Layout L, class Matrix> FL_DEVICE void load_tile(const Matrix& matrix, i64 first, i64 d, float* tile) {
     float values[8];
     if (L == ALONG_DEPTH) {
         const int i = thread_x() / 4, part = thread_x() % 4 * 8;
@@ -38,7 +37,8 @@ struct FmaTile {
     float sums[4][4] = {};
     i64 first_row, first_col;
 
-    FL_DEVICE FmaTile() : first_row(static_cast<i64>(block_y()) * FMA_TILE), first_col(static_cast<i64>(block_x()) * FMA_TILE) {}
+    FL_DEVICE FmaTile()
+        : first_row(static_cast<i64>(block_y()) * FMA_TILE), first_col(static_cast<i64>(block_x()) * FMA_TILE) {}
     FL_DEVICE i64 row(int i) const { return first_row + thread_x() / 16 * 4 + i; }
     FL_DEVICE i64 col(int j) const { return first_col + thread_x() % 16 * 4 + j; }
 
@@ -73,9 +73,8 @@ struct FmaTile {
             each(rows, cols, [&](i64 row, i64 col, float sum) { parts.put(row * cols + col, sum); });
             if (!adds_up(counters)) return;
         }
-        each(rows, cols, [&](i64 row, i64 col, float sum) {
-            write(row, col, grid_z() > 1 ? parts.sum(row * cols + col) : sum);
-        });
+        each(rows, cols,
+             [&](i64 row, i64 col, float sum) { write(row, col, grid_z() > 1 ? parts.sum(row * cols + col) : sum); });
     }
 
     template <class F> FL_DEVICE void each(i64 rows, i64 cols, const F& f) const {

@@ -1,9 +1,9 @@
 // The product of 16-bit activations [M, depth] with a decoded 4-bit weight, for gemm_4bit.cu and gemm_4bit_backward.cu.
 //
-// The depth is walked in steps of 64. A step's activations and codes come by cp.async into a ring of FL_STAGES slots; the
-// codes are decoded one step ahead into one of two 16-bit tiles, while the tensor cores multiply the other: one barrier
-// a step. Forward and backward read the same bytes of the weight in the same order of rows; they differ in which
-// dimension is the depth, hence in how ldmatrix reads the decoded tile.
+// The depth is walked in steps of 64. A step's activations and codes come by cp.async into a ring of FL_STAGES slots;
+// the codes are decoded one step ahead into one of two 16-bit tiles, while the tensor cores multiply the other: one
+// barrier a step. Forward and backward read the same bytes of the weight in the same order of rows; they differ in
+// which dimension is the depth, hence in how ldmatrix reads the decoded tile.
 //
 //   iteration j:   codes of step j + FL_STAGES - 1 asked for | step j + 1 decoded | step j multiplied
 #pragma once
@@ -19,7 +19,7 @@ using Codec = FL_CODEC;
 constexpr int DEPTH = 64;
 constexpr int THREADS = 32 * FL_WARPS_M * FL_WARPS_N;
 constexpr int WARP_M = FL_TILE_M / FL_WARPS_M, WARP_N = FL_TILE_N / FL_WARPS_N; // outputs of a warp
-constexpr int ROW_BYTES = 2 * DEPTH;                                            // of a tile whose rows run along the depth
+constexpr int ROW_BYTES = 2 * DEPTH; // of a tile whose rows run along the depth
 static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "a warp has whole products");
 static_assert(FL_STAGES >= 3, "one step is multiplied, one decoded and at least one on its way");
 
@@ -27,11 +27,11 @@ static_assert(FL_STAGES >= 3, "one step is multiplied, one decoded and at least 
 // Forward: FL_TILE_N × 64, backward: 64 × FL_TILE_N.
 template <int Rows, int Cols, int Grain, bool Exact> struct WeightTile {
     static constexpr int ROWS = Rows;
-    static constexpr int CODE_BYTES = Rows * Cols / 2;      // of a slot
-    static constexpr int TILE_ROW_BYTES = 2 * Cols;         // decoded
+    static constexpr int CODE_BYTES = Rows * Cols / 2; // of a slot
+    static constexpr int TILE_ROW_BYTES = 2 * Cols;    // decoded
     static constexpr int TILE_BYTES = Rows * TILE_ROW_BYTES;
     static constexpr int GRAINS = Cols / Grain;
-    static constexpr int SCALES = Rows * GRAINS;            // of a step, [grain][row]
+    static constexpr int SCALES = Rows * GRAINS; // of a step, [grain][row]
     static constexpr int HELD = (SCALES + THREADS - 1) / THREADS;
     using Source = Scales<FL_NESTED>;
 
@@ -40,7 +40,8 @@ template <int Rows, int Cols, int Grain, bool Exact> struct WeightTile {
     i64 n, k;
     typename Source::Raw held[HELD]; // scales on their way to shared memory
 
-    FL_DEVICE WeightTile(const u8* packed, const void* absmax, const float* nested, const float* offset, i64 rows, i64 cols)
+    FL_DEVICE WeightTile(const u8* packed, const void* absmax, const float* nested, const float* offset, i64 rows,
+                         i64 cols)
         : codes(packed), source(absmax, nested, offset), n(rows), k(cols) {}
 
     // Asks for the codes at (row, col), 16 bytes a copy; zeros outside the weight.
@@ -77,8 +78,10 @@ template <int Rows, int Cols, int Grain, bool Exact> struct WeightTile {
             const u32 word = load(reinterpret_cast<const u32*>(slot) + i);
             const int row = i / WORDS, chunk = i % WORDS;
             u32 out[4];
-            if (Exact) decode8_exact<Codec, Type>(word, load(scales + chunk * 8 / Grain * Rows + row), out);
-            else decode8<Codec, Type>(word, out);
+            if (Exact)
+                decode8_exact<Codec, Type>(word, load(scales + chunk * 8 / Grain * Rows + row), out);
+            else
+                decode8<Codec, Type>(word, out);
             store(reinterpret_cast<Words4*>(tile + chunk_offset<TILE_ROW_BYTES>(row, chunk)),
                   Words4{{out[0], out[1], out[2], out[3]}});
         }
@@ -186,8 +189,10 @@ FL_DEVICE void finish(const Layout<W>& layout, const WarpSums& sums, i64 rows, i
     }
     each_run(staged, rows, cols, [&](const float* run, i64 row, i64 col) {
         float values[8];
-        if (grid_z() > 1) parts.sum_run(row, cols, col, values);
-        else load8(run, values);
+        if (grid_z() > 1)
+            parts.sum_run(row, cols, col, values);
+        else
+            load8(run, values);
         write(row, col, values);
     });
 }

@@ -84,7 +84,8 @@ template <int BlockSize> struct Weight<int8, BlockSize, false> {
         const i8* p = codes + line * width + pos;
         const float scale = load(scb + line);
         Vec<i8, 8> bytes{};
-        if (width % 8 == 0) bytes = load(reinterpret_cast<const Vec<i8, 8>*>(p));
+        if (width % 8 == 0)
+            bytes = load(reinterpret_cast<const Vec<i8, 8>*>(p));
         else {
 #pragma unroll
             for (int i = 0; i < 8; ++i)

@@ -24,8 +24,8 @@ typedef long long i64;
 #define FL_DEVICE_CONSTEXPR constexpr
 #define FL_TABLE static const
 #define FL_KERNEL(...) extern "C" void
-#define FL_SHARED(type, name, count)                                                                                   \
-    static const char name##_site = 0;                                                                                 \
+#define FL_SHARED(type, name, count)   \
+    static const char name##_site = 0; \
     type* const name = static_cast<type*>(emulator::static_shared(&name##_site, sizeof(type) * (count)))
 #ifndef FL_ARCH
 #define FL_ARCH 80

@@ -51,10 +51,14 @@ template <class T> FL_DEVICE void store8_tail(T* p, i64 count, const float (&val
 
 // Elements pos … pos + 7 of a line of `width` that starts at `line`: vectors if every line starts on 16 bytes.
 template <class T> FL_DEVICE void load_run(const T* line, i64 width, i64 pos, float (&out)[8]) {
-    if (width % 8 == 0) load8(line + pos, out);
-    else load8_tail(line + pos, width - pos, out);
+    if (width % 8 == 0)
+        load8(line + pos, out);
+    else
+        load8_tail(line + pos, width - pos, out);
 }
 template <class T> FL_DEVICE void store_run(T* line, i64 width, i64 pos, const float (&values)[8]) {
-    if (width % 8 == 0) store8(line + pos, values);
-    else store8_tail(line + pos, width - pos, values);
+    if (width % 8 == 0)
+        store8(line + pos, values);
+    else
+        store8_tail(line + pos, width - pos, values);
 }

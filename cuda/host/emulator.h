@@ -1,4 +1,5 @@
-// What the twins in common/ptx.cuh call: the state of the block that is being emulated, and one function an instruction.
+// What the twins in common/ptx.cuh call: the state of the block that is being emulated, and one function an
+// instruction.
 #pragma once
 
 #include <cstddef>

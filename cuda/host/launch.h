@@ -1,7 +1,8 @@
 // A launch as the caller describes it, and EMULATE(name), which makes an entry point callable:
 //
 //   int emulate_name(const Launch*, void** arguments)      each points at a value, as in cuLaunchKernel
-//   const char* signature_name()                           a letter an argument: p pointer, q 64 bits, u 32 bits, f float
+//   const char* signature_name()                           a letter an argument: p pointer, q 64 bits, u 32 bits, f
+//   float
 #pragma once
 
 #include <cstddef>
@@ -64,8 +65,8 @@ template <class... T> int call(void (*kernel)(T...), const Launch& launch, void*
 
 } // namespace emulator
 
-#define EMULATE(name)                                                                                                  \
-    extern "C" int emulate_##name(const emulator::Launch* launch, void** arguments) {                                  \
-        return emulator::call(name, *launch, arguments);                                                               \
-    }                                                                                                                  \
+#define EMULATE(name)                                                                 \
+    extern "C" int emulate_##name(const emulator::Launch* launch, void** arguments) { \
+        return emulator::call(name, *launch, arguments);                              \
+    }                                                                                 \
     extern "C" const char* signature_##name() { return emulator::signature(name); }

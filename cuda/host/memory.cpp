@@ -17,7 +17,7 @@ constexpr std::uint64_t TAG = std::uint64_t{1} << 62; // no canonical address: f
 constexpr int REGION_SHIFT = 40;
 constexpr std::uint64_t OFFSET_MASK = (std::uint64_t{1} << REGION_SHIFT) - 1;
 constexpr std::int64_t ORIGIN = std::int64_t{1} << (REGION_SHIFT - 1); // a region's start, so that it can be underrun
-constexpr int FIRST_SHARED = 0x1000; // regions below are global buffers, from 1 on
+constexpr int FIRST_SHARED = 0x1000;                                   // regions below are global buffers, from 1 on
 constexpr int DYNAMIC = 0x2000;
 constexpr int POISON = 0xff; // as a float of any width: not a number
 
@@ -112,9 +112,12 @@ bool ordered(const Access& before) {
 void check_race(const Target& target, std::size_t byte, const Access& before, const char* what, const char* earlier) {
     if (!ordered(before)) {
         char thread[32];
-        if (before.thread == MANY) std::snprintf(thread, sizeof thread, "several threads");
-        else std::snprintf(thread, sizeof thread, "thread %d", before.thread);
-        fail("race: %s of offset %zu of %s, %s by %s with no barrier in between", what, byte, name_of(target.region), earlier, thread);
+        if (before.thread == MANY)
+            std::snprintf(thread, sizeof thread, "several threads");
+        else
+            std::snprintf(thread, sizeof thread, "thread %d", before.thread);
+        fail("race: %s of offset %zu of %s, %s by %s with no barrier in between", what, byte, name_of(target.region),
+             earlier, thread);
     }
 }
 
@@ -197,8 +200,10 @@ void read(const void* pointer, void* out, std::size_t size) {
 
 void write(void* pointer, const void* value, std::size_t size) {
     const Target target = find(pointer, size, "write");
-    if (target.shared) note_shared_write(target, size, false);
-    else if (!memory.launch->buffers[target.region - 1].writable) fail("write to %s, an input", name_of(target.region));
+    if (target.shared)
+        note_shared_write(target, size, false);
+    else if (!memory.launch->buffers[target.region - 1].writable)
+        fail("write to %s, an input", name_of(target.region));
     std::memcpy(target.host, value, size);
 }
 

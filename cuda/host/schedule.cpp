@@ -96,10 +96,14 @@ void report(int thread, const char* format, ...) {
 const char* state_of(int thread) {
     const Thread& t = scheduler.threads[thread];
     switch (t.state) {
-    case Thread::READY: return "is ready";
-    case Thread::AT_BLOCK_BARRIER: return "waits at the block barrier";
-    case Thread::AT_COLLECTIVE: return t.meeting.name;
-    case Thread::DONE: return "has left the kernel";
+    case Thread::READY:
+        return "is ready";
+    case Thread::AT_BLOCK_BARRIER:
+        return "waits at the block barrier";
+    case Thread::AT_COLLECTIVE:
+        return t.meeting.name;
+    case Thread::DONE:
+        return "has left the kernel";
     }
     return "?";
 }
@@ -168,7 +172,7 @@ void run_block() {
 }
 
 void run_blocks() {
-    const int(&grid)[3] = scheduler.launch->grid;
+    const int (&grid)[3] = scheduler.launch->grid;
     std::vector<int> blocks(static_cast<std::size_t>(grid[0]) * grid[1] * grid[2]);
     std::iota(blocks.begin(), blocks.end(), 0);
     std::shuffle(blocks.begin(), blocks.end(), scheduler.random);
@@ -196,7 +200,7 @@ public:
         own.ss_sp = stack_.data();
         own.ss_size = stack_.size();
         sigaltstack(&own, &old_stack_);
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_handler = on_fault;
         action.sa_flags = SA_ONSTACK;
         sigaction(SIGSEGV, &action, &old_segv_);

@@ -77,7 +77,8 @@ std::uint32_t shuffle_xor(std::uint32_t value, int lane_mask) {
     Shuffle record{value, lane_mask, 0};
     meet("shfl", &record, [](void* const(&records)[WARP]) {
         auto& lanes = reinterpret_cast<Shuffle* const(&)[WARP]>(records);
-        for (int lane = 0; lane < WARP; ++lane) lanes[lane]->result = lanes[(lane ^ lanes[lane]->lane_mask) % WARP]->value;
+        for (int lane = 0; lane < WARP; ++lane)
+            lanes[lane]->result = lanes[(lane ^ lanes[lane]->lane_mask) % WARP]->value;
     });
     return record.result;
 }

@@ -23,8 +23,10 @@ FL_KERNEL(32) test_ldmatrix(const u16* in, u32* out, u32 transposed) {
     for (int i = 0; i < 8; ++i) store(matrices + 8 * lane + i, load(in + 8 * lane + i));
     warp_barrier();
     u32 words[4];
-    if (transposed) ldmatrix_x4_trans(words, matrices + 8 * lane);
-    else ldmatrix_x4(words, matrices + 8 * lane);
+    if (transposed)
+        ldmatrix_x4_trans(words, matrices + 8 * lane);
+    else
+        ldmatrix_x4(words, matrices + 8 * lane);
     for (int i = 0; i < 4; ++i) store(out + 4 * lane + i, words[i]);
 }
 
@@ -35,8 +37,10 @@ FL_KERNEL(32) test_mma_m16n8k16(const u32* a, const u32* b, float* c, u32 is_hal
     float sum[4];
     for (int i = 0; i < 4; ++i) left[i] = load(a + 4 * lane + i), sum[i] = load(c + 4 * lane + i);
     const u32 b0 = load(b + 2 * lane), b1 = load(b + 2 * lane + 1);
-    if (is_half) mma_m16n8k16_f16(sum, left, b0, b1);
-    else mma_m16n8k16_bf16(sum, left, b0, b1);
+    if (is_half)
+        mma_m16n8k16_f16(sum, left, b0, b1);
+    else
+        mma_m16n8k16_bf16(sum, left, b0, b1);
     for (int i = 0; i < 4; ++i) store(c + 4 * lane + i, sum[i]);
 }
 

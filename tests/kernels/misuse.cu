@@ -1,4 +1,5 @@
-// Kernels that do what a GPU would punish at random. BROKEN=0 is right, BROKEN=1 is wrong, and the emulator must say so.
+// Kernels that do what a GPU would punish at random. BROKEN=0 is right, BROKEN=1 is wrong, and the emulator must say
+// so.
 #include "common/ptx.cuh"
 
 FL_KERNEL(64) misuse_barrier(const float* in, float* out) {
@@ -32,8 +33,10 @@ FL_KERNEL(32) misuse_wait(const float* in, float* out) {
     FL_SHARED(float, values, 128);
     cp_async_16(values + 4 * thread_x(), in + 4 * (thread_x() % 8), 16);
     cp_async_commit();
-    if (BROKEN) cp_async_wait<1>();
-    else cp_async_wait<0>();
+    if (BROKEN)
+        cp_async_wait<1>();
+    else
+        cp_async_wait<0>();
     store(out + thread_x(), load(values + 4 * thread_x()));
 }
 
@@ -45,10 +48,10 @@ FL_KERNEL(32) misuse_unwritten(const float* in, float* out) {
 
 FL_KERNEL(32) misuse_read(const float* in, float* out) { store(out + thread_x(), load(in + thread_x() + BROKEN * 33)); }
 FL_KERNEL(32) misuse_underrun(const float* in, float* out) { store(out + thread_x(), load(in + thread_x() - BROKEN)); }
-FL_KERNEL(32) misuse_write(const float* in, float* out) { store(out + thread_x() + BROKEN * 33, load(in + thread_x())); }
-FL_KERNEL(32) misuse_input(const float* in, float* out) {
-    store(BROKEN ? const_cast<float*>(in) : out, 1.0f);
+FL_KERNEL(32) misuse_write(const float* in, float* out) {
+    store(out + thread_x() + BROKEN * 33, load(in + thread_x()));
 }
+FL_KERNEL(32) misuse_input(const float* in, float* out) { store(BROKEN ? const_cast<float*>(in) : out, 1.0f); }
 FL_KERNEL(32) misuse_shared(const float* in, float* out) {
     FL_SHARED(float, values, 32);
     store(values + thread_x() + BROKEN, load(in + thread_x()));
@@ -56,10 +59,13 @@ FL_KERNEL(32) misuse_shared(const float* in, float* out) {
     store(out + thread_x(), load(values + thread_x() + BROKEN));
 }
 FL_KERNEL(32) misuse_alignment(const u64* in, float* out) {
-    store(out + thread_x(), static_cast<float>(load(reinterpret_cast<const u64*>(reinterpret_cast<const u32*>(in) + BROKEN))));
+    store(out + thread_x(),
+          static_cast<float>(load(reinterpret_cast<const u64*>(reinterpret_cast<const u32*>(in) + BROKEN))));
 }
 FL_KERNEL(32) misuse_pointer(const float* in, float* out) { store(out + thread_x(), BROKEN ? *in : load(in)); }
-FL_KERNEL(32) misuse_null(const float* in, float* out) { store(out + thread_x(), load(BROKEN ? static_cast<const float*>(nullptr) : in)); }
+FL_KERNEL(32) misuse_null(const float* in, float* out) {
+    store(out + thread_x(), load(BROKEN ? static_cast<const float*>(nullptr) : in));
+}
 
 FL_KERNEL(32) misuse_divergence(const float* in, float* out) {
     u32 sum = 0;
