@@ -85,7 +85,7 @@ impl<'a> Slices<'a> {
     }
 }
 
-fn stored<'py>(members: Vec<Member<'py>>, k: usize) -> PyResult<Vec<Stored<'py>>> {
+fn stored(members: Vec<Member<'_>>, k: usize) -> PyResult<Vec<Stored<'_>>> {
     members.into_iter().map(|member| Stored::new(member, k)).collect()
 }
 
