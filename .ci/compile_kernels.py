@@ -237,7 +237,8 @@ def main() -> int:
     errors = [
         message for job, code in zip(work, codes, strict=True) for message in complaints(job, code, rows[job.entry])
     ]
-    print("\n".join([*lines, "", *errors]))
+    print("\n".join(lines))
+    print("\n".join(errors), end="\n" if errors else "", file=sys.stderr)
     print(f"{len(work)} specializations of {len(args.only)} kernels on {len(args.arch)} architectures")
     return 1 if errors else 0
 
