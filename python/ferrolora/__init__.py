@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ferrolora import cuda as cuda
     from ferrolora import nn as nn
     from ferrolora.adapters.adalora import AdaLoraConfig as AdaLoraConfig
+    from ferrolora.adapters.adamix import AdaMixConfig as AdaMixConfig
     from ferrolora.adapters.config import PeftConfig as PeftConfig
     from ferrolora.adapters.config import PeftType as PeftType
     from ferrolora.adapters.config import TaskType as TaskType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ferrolora.adapters.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from ferrolora.adapters.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ferrolora.adapters.prompt import PromptTuningConfig as PromptTuningConfig
+    from ferrolora.adapters.reversible import ReversibleConfig as ReversibleConfig
     from ferrolora.adapters.siblings import share_inputs as share_inputs
     from ferrolora.errors import CudaError as CudaError
     from ferrolora.errors import FerroloraError as FerroloraError
@@ -83,6 +85,8 @@ _HOME = {  # public name -> the module that defines it
     "AdaLoraConfig": "ferrolora.adapters.adalora",
     "IA3Config": "ferrolora.adapters.ia3",
     "LoHaConfig": "ferrolora.adapters.loha",
+    "AdaMixConfig": "ferrolora.adapters.adamix",
+    "ReversibleConfig": "ferrolora.adapters.reversible",
     "PromptTuningConfig": "ferrolora.adapters.prompt",
     "PromptEncoderConfig": "ferrolora.adapters.p_tuning",
     "PrefixTuningConfig": "ferrolora.adapters.prefix",

@@ -76,6 +76,20 @@ CASES: dict[str, Case] = {
         cannot={"into PEFT on packed": _LOHA_IN_PEFT, "from PEFT on packed": _LOHA_IN_PEFT},
     ),
     "AdaLoRA": Case("AdaLoraConfig", {"target_modules": _TARGETS, "init_r": 6, "target_r": 3, "total_step": 12}),
+    "AdaMix": Case(
+        "AdaMixConfig",
+        {"target_modules": "all-linear", "r": 4, "num_experts": 2},
+        cannot={"from PEFT": "PEFT has no AdaMix; its LoRA files are read as LoRA"},
+    ),
+    "MEFT": Case(
+        "ReversibleConfig",
+        {"r": 8},
+        cannot={
+            "into PEFT": "PEFT has no MEFT",
+            "from PEFT": "PEFT has no MEFT",
+            "merges": "MEFT changes how layers are connected, not a weight",
+        },
+    ),
     "Prompt tuning": Case("PromptTuningConfig", _TOKENS, cannot=_NO_WEIGHT),
     "P-tuning, MLP": Case("PromptEncoderConfig", _TOKENS, cannot=_NO_WEIGHT),
     "P-tuning, LSTM": Case(

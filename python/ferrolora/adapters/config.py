@@ -27,6 +27,8 @@ class PeftType(str, Enum):
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    ADAMIX = "ADAMIX"  # ours; its files are LoRA's
+    REVERSIBLE = "REVERSIBLE"  # ours
 
 
 class TaskType(str, Enum):
@@ -78,6 +80,10 @@ class PeftConfig:
     def is_prompt_learning(self) -> bool:
         """Whether the method trains virtual tokens instead of changing modules."""
         return False
+
+    def saved_as(self) -> "PeftConfig":
+        """The configuration that a file gets: this one, unless the method is saved as another."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON (sets as sorted lists, enumerations as their values)."""

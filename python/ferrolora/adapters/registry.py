@@ -1,11 +1,11 @@
 """THE table of adapter methods: peft_type -> configuration class and the function that wraps a module."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ferrolora.adapters import adalora, ia3, loha, lora, multitask_prompt, p_tuning, prefix, prompt
+from ferrolora.adapters import adalora, adamix, ia3, loha, lora, multitask_prompt, p_tuning, prefix, prompt, reversible
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import PeftConfig, PeftType
 from ferrolora.adapters.prompt_base import PromptEncoder, PromptLearningConfig, PromptStart
@@ -19,12 +19,14 @@ class AdapterMethod(NamedTuple):
         config_class: of the method.
         wrap: puts the adapter around a module (its path is for messages); None for virtual tokens.
         penalty: what the method adds to a training loss.
+        passes: runs a training pass in the method's own way: (run, layers, name, config, inputs) -> outputs.
         encoder: makes virtual tokens; None for a method that adapts modules.
     """
 
     config_class: type[PeftConfig]
     wrap: Callable[[nn.Module, str, PeftConfig], AdapterLayer] | None = None
     penalty: Callable[[Iterable[AdapterLayer], str, PeftConfig], Tensor | None] | None = None
+    passes: Callable[[Callable[[], Any], Iterable[AdapterLayer], str, PeftConfig, Mapping[str, Any]], Any] | None = None
     encoder: Callable[[PromptLearningConfig, PromptStart], PromptEncoder] | None = None
 
 
@@ -39,6 +41,10 @@ METHODS: dict[PeftType, AdapterMethod] = {
     PeftType.MULTITASK_PROMPT_TUNING: AdapterMethod(
         multitask_prompt.MultitaskPromptTuningConfig, encoder=multitask_prompt.MultitaskPromptEmbedding
     ),
+    PeftType.ADAMIX: AdapterMethod(adamix.AdaMixConfig, adamix.wrap, passes=adamix.two_passes),
+    PeftType.REVERSIBLE: AdapterMethod(
+        reversible.ReversibleConfig
+    ),  # a stack of layers, not a module: model/reversible.py
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from ferrolora.cli import bench, doctor, generate, inspect, quantize, train
+from ferrolora.cli import bench, doctor, export, generate, inspect, merge, quantize, train
 from ferrolora.errors import FerroloraError
 
 
@@ -24,6 +24,8 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command(quantize.command, "ferrolora quantize ./Qwen2.5-0.5B ./Qwen2.5-0.5B-nf4 --report"),
     "train": Command(train.command, "ferrolora train ./Qwen2.5-0.5B --data chats.jsonl --output ./my-adapter"),
     "generate": Command(generate.command, "ferrolora generate ./Qwen2.5-0.5B --adapter ./my-adapter --prompt 'Hello'"),
+    "merge": Command(merge.command, "ferrolora merge ./Qwen2.5-0.5B ./my-adapter ./merged --dtype bfloat16"),
+    "export": Command(export.command, "ferrolora export adapter ./my-adapter ./for-llama-cpp"),
     "inspect": Command(inspect.command, "ferrolora inspect ./Qwen2.5-0.5B-nf4"),
     "bench": Command(
         bench.command, "ferrolora bench --suite linear --shapes 1x4096x4096,512x4096x4096", needs_arguments=False

@@ -37,7 +37,7 @@ def config_for(model: nn.Module, config: ConfigT) -> ConfigT:
 
 def file_fields(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     """The configuration as it is saved: in inference mode, and naming the base's class when no task does."""
-    fields = config.to_dict() | {"inference_mode": True}
+    fields = config.saved_as().to_dict() | {"inference_mode": True}
     if config.task_type is None:
         base = type(model)
         fields["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}

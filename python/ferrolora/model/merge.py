@@ -7,6 +7,7 @@ from torch import nn
 
 from ferrolora.adapters.base import AdapterLayer, dense_linear, sixteen_bit
 from ferrolora.model.inject import replace_module, wrappers
+from ferrolora.model.reversible import remove_stacks
 
 # Attributes by which transformers knows that a model is quantized.
 _QUANTIZED_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
@@ -45,6 +46,7 @@ def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype 
 
 def unload(model: nn.Module) -> nn.Module:
     """Replaces every wrapper by the module it was put around, and returns `model`."""
+    remove_stacks(model)
     for _, layer in list(wrappers(model)):
         original = layer.base_layer if isinstance(layer, AdapterLayer) else layer.original_module
         replace_module(model, layer, original)

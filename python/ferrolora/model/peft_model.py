@@ -1,7 +1,7 @@
 """`PeftModel`: a model with adapters."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, ClassVar, Literal, cast
@@ -14,6 +14,7 @@ from ferrolora.adapters.base import AdapterLayer, check_adapter_name
 from ferrolora.adapters.config import ModuleConfig, PeftConfig
 from ferrolora.adapters.prompt_base import PromptLearningConfig
 from ferrolora.adapters.registry import method_of
+from ferrolora.adapters.reversible import ReversibleConfig
 from ferrolora.adapters.rows import BASE
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.model import allocation, files, hotswap, inject, merge, prompts, weighted
@@ -22,6 +23,7 @@ from ferrolora.model.count import count_parameters
 from ferrolora.model.float_weights import FloatWeights
 from ferrolora.model.kbit import is_checkpointing, require_input_grads
 from ferrolora.model.pretrained import surface_class
+from ferrolora.model.reversible import inject_stack
 from ferrolora.model.state_dict import LoadResult, get_peft_model_state_dict, prompt_encoder
 
 # What the class itself must have before anything is looked up on the base: not there yet while unpickling.
@@ -81,9 +83,20 @@ class PeftModel(nn.Module):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         prompted = self._prompted()
+        run: Callable[..., Any] = self.base_model if prompted is None else prompted.forward
         with self._rows(kwargs.pop("adapter_names", None)):
-            output = prompted.forward(*args, **kwargs) if prompted is not None else self.base_model(*args, **kwargs)
+            passes = self._passes() if self.training else None
+            output = run(*args, **kwargs) if passes is None else passes(lambda: run(*args, **kwargs), kwargs)
         return self._with_penalty(output) if self.training else output
+
+    def _passes(self) -> Callable[[Callable[[], Any], Mapping[str, Any]], Any] | None:
+        """How the active method runs a training pass, if it has a way of its own."""
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            passes = method_of(config.peft_type).passes
+            if passes is not None:
+                return lambda run, inputs: passes(run, self._layers(), name, config, inputs)
+        return None
 
     def _with_penalty(self, output: Any) -> Any:
         """Adds what the active methods want added to a training loss."""
@@ -161,7 +174,7 @@ class PeftModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise TargetError(f"the model has an adapter {adapter_name!r} already")
-        if not isinstance(peft_config, (ModuleConfig, PromptLearningConfig)):
+        if not isinstance(peft_config, (ModuleConfig, PromptLearningConfig, ReversibleConfig)):
             raise UnsupportedError(f"{type(peft_config).__name__} is not the configuration of a supported method")
         biased = [
             config for config in (*self.peft_config.values(), peft_config) if inject.bias_choice(config) != "none"
@@ -176,6 +189,8 @@ class PeftModel(nn.Module):
             check_adapter_name(adapter_name)
             self.prompt_encoder[adapter_name] = prompts.make_encoder(model, config)
             inject.inject_saved_modules(model, adapter_name, config.modules_to_save)
+        elif isinstance(config, ReversibleConfig):
+            inject_stack(model, adapter_name, config)
         else:
             weights = FloatWeights(model, float_weights)
             inject.inject_adapter(model, adapter_name, config, autocast_adapter_dtype, weights)

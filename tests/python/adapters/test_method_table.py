@@ -69,6 +69,7 @@ def gradients(name: str, world: World, directory: Path) -> None:
         replace_module(twin, layer, dense_linear(layer, torch.float32))
     grads = []
     for each in (model, twin):
+        torch.manual_seed(1)  # AdaMix picks its copies at random
         each(input_ids=models.token_ids(), labels=models.token_ids(), **world.case.inputs).loss.backward()
         grads.append({key: p.grad for key, p in each.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys()

@@ -1,0 +1,31 @@
+"""`ferrolora export`: what we write, in the form another program wants it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ferrolora.cli.models import check_choice
+from ferrolora.errors import FormatError
+
+
+def command(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="adapter: LoRA with its scaling in B.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of the adapter.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what DST holds.")] = False,
+) -> None:
+    """Write an adapter for programs that know only alpha / rank.
+
+    Rank-stabilised scaling and alphas that differ from layer to layer go into B, so that alpha / rank of the new
+    adapter is right everywhere. llama.cpp's convert_lora_to_gguf.py reads the result.
+    """
+    check_choice("KIND", kind, ("adapter",))
+    from ferrolora.io.export_adapter import export_adapter
+
+    if destination.exists() and not overwrite and (not destination.is_dir() or any(destination.iterdir())):
+        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    count = export_adapter(source, destination)
+    print(f"{destination}: {count} matrices scaled")
