@@ -111,9 +111,11 @@ def command(
 
 
 def measure_gpu(suite: str, tune: bool, json_file: Path | None) -> None:
-    """Measure the kernels on the current GPU beside its ceilings and the installed peers, in some two minutes."""
-    from ferrolora.bench.gpu.row import HEADER
-    from ferrolora.bench.gpu.suite import fused_crossover, rows, saved_bytes
+    """Measure every target for a GPU on the current one, beside its ceilings and the installed peers."""
+    from ferrolora.bench.gpu.products import fused_crossover
+    from ferrolora.bench.gpu.row import HEADER, judge
+    from ferrolora.bench.gpu.row import result_json as gpu_result
+    from ferrolora.bench.gpu.suite import failures, rows
     from ferrolora.cuda.crossover import record
 
     if suite != GPU:
@@ -128,14 +130,15 @@ def measure_gpu(suite: str, tune: bool, json_file: Path | None) -> None:
     with progress("bench") as update:
         for row in rows():
             found.append(row)
-            update(len(found), 0, row.work)
-    saved = saved_bytes()
+            update(len(found), 0, row.work.name)
     print(f"{name}, torch {torch.__version__}")
-    print_table([row.cells() for row in found], HEADER)
-    print(f"saved for backward: {saved:.3f} of the ideal, target at most 1.05")
+    print_table([line.cells() for line in judge(found)], HEADER, left=1)
     if json_file is not None:
-        content = {"machine": machine(torch.get_num_threads()), "gpu": name, "saved_bytes": saved}
-        write_json(json_file, {**content, "rows": [row.to_json() for row in found]})
+        command = f"ferrolora bench --suite {GPU}{' --tune' if tune else ''} --json {json_file.name}"
+        write_json(json_file, gpu_result(machine(torch.get_num_threads()), name, command, found))
+    failed = failures(found)
+    if failed:
+        raise FerroloraError(f"not measured: {'; '.join(failed)}")
 
 
 def run(chosen: Plan, peers: frozenset[str], threads: int, rounds: int) -> list[Row]:

@@ -61,7 +61,7 @@ def linears(network: nn.Module, head: str) -> list[tuple[nn.Module, str, nn.Line
 def _ours(network: Any, head: str, dtype: torch.dtype, lora: dict[str, Any]) -> Any:
     quantize_model(network, SPEC, skip_modules=[head])
     adapted = get_peft_model(network, LoraConfig(**lora))
-    share_inputs(adapted, input_ids=torch.zeros((1, 2), dtype=torch.long))
+    share_inputs(adapted, input_ids=torch.zeros((1, 2), dtype=torch.long, device=network.device))
     return adapted
 
 
@@ -75,7 +75,7 @@ def _peft(network: Any, head: str, dtype: torch.dtype, lora: dict[str, Any]) -> 
         layer = bnb.nn.Linear4bit(*shape, linear.bias is not None, dtype, True, "nf4")
         layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
         layer.bias = linear.bias
-        setattr(parent, attribute, layer.to("cpu"))  # quantizes
+        setattr(parent, attribute, layer.to(linear.weight.device))  # quantizes
     network.is_loaded_in_4bit = True  # what makes PEFT choose its bitsandbytes layer
     return peft.get_peft_model(network, peft.LoraConfig(**lora))
 
