@@ -1,67 +1,29 @@
-"""Safetensors files and model directories, one tensor in memory at a time."""
+"""Model directories and the files that we write, one tensor in memory at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ferrolora.errors import FormatError
+from ferrolora.io.shard import DTYPE_NAMES, PICKLED_SUFFIX, Shard, TensorInfo, open_shard
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLED_WEIGHTS_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+CHECKSUMS_NAME = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` reads it
 CONFIG_NAME = "config.json"
-
-# safetensors' names of the types, and the bytes of one element. Source: the safetensors format description.
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Type and shape of a stored tensor, known from a file's header without reading its data."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements; 1 for a scalar."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return self.numel * self.dtype.itemsize
 
 
 class SafetensorsWriter:
@@ -184,10 +146,11 @@ class SafetensorsWriter:
 
 
 class Checkpoint:
-    """The tensors of a model directory (or of one `.safetensors` file), read lazily.
+    """The tensors of a model directory (or of one file of weights), read lazily.
 
     Args:
-        path: a directory with `model.safetensors` or `model.safetensors.index.json`, or a `.safetensors` file.
+        path: a directory with `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` or
+            `pytorch_model.bin.index.json` (the first of them that is there), or a `.safetensors` or `.bin` file.
 
     Raises:
         FormatError: nothing readable there, a shard that the index names is missing, or a damaged header.
@@ -200,13 +163,12 @@ class Checkpoint:
         self.file_of: dict[str, Path] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         for file in self.files:
-            with open_safetensors(file) as handle:
-                self.metadata[file] = handle.metadata() or {}
-                for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+            with open_shard(file) as shard:
+                self.metadata[file] = shard.metadata()
+                for name in shard.names():
                     if name in self.file_of:
                         raise FormatError(f"{file}: tensor {name!r} is also in {self.file_of[name].name}")
-                    view = handle.get_slice(name)
-                    self.tensors[name] = TensorInfo(_dtype_of(view.get_dtype(), name, file), tuple(view.get_shape()))
+                    self.tensors[name] = shard.info(name)
                     self.file_of[name] = file
 
     def names_in(self, file: Path) -> list[str]:
@@ -217,8 +179,7 @@ class Checkpoint:
     def reading(self) -> Iterator[_Reader]:
         """Open every file once; `reader[name]` then reads one tensor."""
         with ExitStack() as stack:
-            handles = {file: stack.enter_context(open_safetensors(file)) for file in self.files}
-            yield _Reader(self, handles)
+            yield _Reader(self, {file: stack.enter_context(open_shard(file)) for file in self.files})
 
     @property
     def nbytes(self) -> int:
@@ -227,23 +188,11 @@ class Checkpoint:
 
 
 class _Reader:
-    def __init__(self, checkpoint: Checkpoint, handles: Mapping[Path, Any]) -> None:
-        self._checkpoint, self._handles = checkpoint, handles
+    def __init__(self, checkpoint: Checkpoint, shards: Mapping[Path, Shard]) -> None:
+        self._checkpoint, self._shards = checkpoint, shards
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handles[self._checkpoint.file_of[name]].get_tensor(name)
-        return tensor
-
-
-@contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` on the CPU whose errors name the file."""
-    try:
-        handle = safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{file}: not a readable safetensors file: {error}") from error
-    with handle as opened:
-        yield opened
+        return self._shards[self._checkpoint.file_of[name]].read(name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -275,9 +224,26 @@ def copy_side_files(source: Path, destination: Path) -> None:
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
         if file.is_file() and not is_weights and file.name not in {CONFIG_NAME, INDEX_NAME}:
-            if file.name.endswith(".index.json") or file.name.startswith("."):
+            if file.name.endswith(".index.json") or file.name.startswith(".") or file.name == CHECKSUMS_NAME:
                 continue
             shutil.copyfile(file, destination / file.name)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal; reads it in pieces of a mebibyte."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_checksums(directory: Path, digests: Mapping[str, str]) -> None:
+    """Write SHA256SUMS: one line a file, as the program sha256sum writes and checks them."""
+    file = directory / CHECKSUMS_NAME
+    temporary = temporary_sibling(file)
+    temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())), encoding="utf-8")
+    temporary.replace(file)
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -290,25 +256,23 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FormatError(f"{path}: no such file or directory")
-    index = path / INDEX_NAME
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise FormatError(f"{index}: has no 'weight_map'")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [path / WEIGHTS_NAME]
+    for index_name, whole_name in ((INDEX_NAME, WEIGHTS_NAME), (PICKLED_INDEX_NAME, PICKLED_WEIGHTS_NAME)):
+        index, whole = path / index_name, path / whole_name
+        if index.is_file():
+            return _files_of_index(index)
+        if whole.is_file():
+            return [whole]
+    raise FormatError(f"{path}: holds none of {WEIGHTS_NAME}, {INDEX_NAME}, {PICKLED_WEIGHTS_NAME}, {PICKLED_INDEX_NAME}")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index}: has no 'weight_map'")
+    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
     for file in files:
-        if file.parent != path:
-            raise FormatError(f"{index}: names {file.name!r} outside of its directory")
+        if file.parent != index.parent:
+            raise FormatError(f"{index}: names {str(file)!r} outside of its directory")
         if not file.is_file():
-            hint = "; this is a PyTorch pickle, save the model with save_pretrained to get safetensors"
-            pickled = any(path.glob("pytorch_model*.bin"))
-            raise FormatError(f"{path}: {file.name} is missing{hint if pickled else ''}")
+            raise FormatError(f"{index.parent}: {file.name} is missing, which {index.name} names")
     return files
-
-
-def _dtype_of(name: str, tensor: str, file: Path) -> torch.dtype:
-    if name not in DTYPES:
-        raise FormatError(f"{file}: tensor {tensor!r} has type {name}; known are {', '.join(sorted(DTYPES))}")
-    return DTYPES[name]

@@ -11,16 +11,19 @@ import torch
 
 from ferrolora.errors import FormatError
 from ferrolora.io.checkpoint import (
+    CHECKSUMS_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     Checkpoint,
     SafetensorsWriter,
-    TensorInfo,
     copy_side_files,
     read_json,
+    sha256,
+    write_checksums,
     write_index,
     write_json,
 )
+from ferrolora.io.shard import PICKLED_SUFFIX, TensorInfo
 from ferrolora.nn.quant_state import STATE_KEY, state_keys, to_state
 from ferrolora.ops.quantize import quantize
 from ferrolora.spec import QuantSpec
@@ -80,11 +83,12 @@ def quantize_checkpoint(
 ) -> QuantizeSummary:
     """Quantize the named weights of a model directory into another; every other tensor is copied as it is.
 
-    Each shard is written to a temporary file and renamed when complete, `config.json` comes last. An interrupted run
-    with the same arguments goes on after the last complete shard.
+    Each shard is written to a temporary file and renamed when complete, `config.json` comes last. An interrupted or
+    killed run with the same arguments goes on: a shard whose SHA-256 is the one noted when it was complete is not
+    written again. `SHA256SUMS` in the destination keeps the checksums of the shards.
 
     Args:
-        source: directory with `config.json` and safetensors shards.
+        source: directory with `config.json` and shards: safetensors, or pickles of tensors (`pytorch_model*.bin`).
         destination: directory to write; made if missing.
         weights: names of the 2-D tensors to quantize.
         spec: the codec.
@@ -107,23 +111,26 @@ def quantize_checkpoint(
     if unknown:
         raise FormatError(f"{source}: holds no tensor {unknown[0]!r} ({len(unknown)} of {len(weights)} are missing)")
     marker = _marker(checkpoint, weights, spec)
-    resuming = _claim(destination, marker, overwrite)
+    finished = _claim(destination, marker, overwrite)
 
     summary = QuantizeSummary(bytes_before=checkpoint.nbytes, quantized=len(weights))
     job = _Job(checkpoint, set(weights), set(transposed), spec, measure, progress, summary)
     weight_map: dict[str, str] = {}
     for shard in checkpoint.files:
-        target = destination / shard.name
-        if resuming and target.is_file():
+        target = destination / _target_name(shard)
+        if target.is_file() and finished.get(target.name) == sha256(target):
             summary.resumed += 1
             job.skip(shard)
         else:
             job.write(shard, target)
+            finished[target.name] = sha256(target)
+            write_json(destination / PROGRESS_NAME, {"run": marker, "finished": finished})
         written = Checkpoint(target)
-        weight_map.update(dict.fromkeys(written.tensors, shard.name))
+        weight_map.update(dict.fromkeys(written.tensors, target.name))
         summary.bytes_after += written.nbytes
-    if (source / INDEX_NAME).is_file():
+    if len(checkpoint.files) > 1 or (source / INDEX_NAME).is_file():
         write_index(destination, weight_map, summary.bytes_after)
+    write_checksums(destination, finished)
     copy_side_files(source, destination)
     write_json(destination / CONFIG_NAME, {**config, "quantization_config": quantization_config})
     (destination / PROGRESS_NAME).unlink()
@@ -232,17 +239,29 @@ def _marker(checkpoint: Checkpoint, weights: Collection[str], spec: QuantSpec) -
     }
 
 
-def _claim(destination: Path, marker: dict[str, Any], overwrite: bool) -> bool:
-    """Make the destination ours; True if it holds the beginning of this very run."""
+def _target_name(shard: Path) -> str:
+    """The shard's name; of a pickle, the name it would have as safetensors: `model-….safetensors`."""
+    if shard.suffix != PICKLED_SUFFIX:
+        return shard.name
+    return shard.stem.removeprefix("pytorch_") + ".safetensors"
+
+
+def _claim(destination: Path, marker: dict[str, Any], overwrite: bool) -> dict[str, str]:
+    """Make the destination ours; the checksums of the shards that an earlier, interrupted run of ours completed."""
     progress_file = destination / PROGRESS_NAME
     if destination.exists() and not destination.is_dir():
         raise FormatError(f"{destination}: is a file, not a directory")
-    if not overwrite and progress_file.is_file() and read_json(progress_file) == marker:
-        return True
+    if not overwrite and progress_file.is_file():
+        noted = read_json(progress_file)
+        if noted.get("run") == marker:
+            for left_over in destination.glob(".*.tmp"):  # of a writer that was killed
+                left_over.unlink()
+            return dict(noted.get("finished", {}))
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
     destination.mkdir(parents=True, exist_ok=True)
-    for stale in [*destination.glob("*.safetensors"), destination / INDEX_NAME, destination / CONFIG_NAME]:
+    others = [destination / name for name in (INDEX_NAME, CONFIG_NAME, CHECKSUMS_NAME)]
+    for stale in [*destination.glob("*.safetensors"), *others]:
         stale.unlink(missing_ok=True)
-    write_json(progress_file, marker)
-    return False
+    write_json(progress_file, {"run": marker, "finished": {}})
+    return {}

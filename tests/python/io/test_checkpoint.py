@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ferrolora.errors import FormatError
-from ferrolora.io.checkpoint import DTYPE_NAMES, Checkpoint, SafetensorsWriter, TensorInfo, copy_side_files, write_json
+from ferrolora.io.checkpoint import Checkpoint, SafetensorsWriter, copy_side_files, write_json
+from ferrolora.io.shard import DTYPE_NAMES, TensorInfo
 
 
 def filled(info: TensorInfo, seed: int = 0) -> torch.Tensor:
@@ -144,9 +145,29 @@ def test_an_index_that_points_out_of_its_directory_is_refused(tmp_path: Path) ->
         Checkpoint(tmp_path)
 
 
-def test_a_pickled_model_gets_the_advice_that_mends_it(tmp_path: Path) -> None:
+def test_a_pickled_model_is_read_without_running_its_code(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(5).t()}
+    torch.save(tensors | {"c": tensors["a"].T}, tmp_path / "pytorch_model.bin")
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.tensors["c"] == TensorInfo(torch.bfloat16, (4, 3))
+    with checkpoint.reading() as reader:
+        assert torch.equal(reader["a"], tensors["a"])
+        assert torch.equal(reader["c"], tensors["a"].T)
+
+
+@pytest.mark.parametrize("content", [{"a": Path("x")}, {"a": 3}, [torch.zeros(1)], None], ids=str)
+def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin: "):
+        Checkpoint(tmp_path)
+
+
+def test_an_unreadable_pickle_gets_the_advice_that_mends_it(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FormatError, match="save_pretrained to get safetensors"):
+    with pytest.raises(FormatError, match="save it again with save_pretrained"):
+        Checkpoint(tmp_path)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(FormatError, match="save it again with save_pretrained"):
         Checkpoint(tmp_path)
 
 

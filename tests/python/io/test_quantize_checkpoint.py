@@ -1,6 +1,9 @@
 """A float model directory to a quantized one, shard by shard."""
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,136 @@ def test_an_interrupted_run_goes_on_after_its_last_complete_shard(tmp_path: Path
     quantize_checkpoint(tmp_path / "src", tmp_path / "whole", names, SPECS[0], CONFIG)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "dst" / file.name).read_bytes() == file.read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import ferrolora as fl
+from ferrolora.io.quantize_checkpoint import quantize_checkpoint
+
+def die(name, done, total):
+    if name == "b.weight":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+source, destination = map(Path, sys.argv[1:])
+quantize_checkpoint(source, destination, ["a.weight", "b.weight"], fl.QuantSpec("nf4"), {"quant_method": "ferrolora"}, progress=die)
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_bytes_and_leaves_no_litter(tmp_path: Path) -> None:
+    source(tmp_path / "src")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "src"), str(tmp_path / "dst")], check=False)
+    assert killed.returncode == -9
+    litter = [path.name for path in (tmp_path / "dst").iterdir() if path.suffix == ".tmp"]
+    assert len(litter) == 1
+    first = tmp_path / "dst/model-00001-of-00002.safetensors"
+    written = first.stat().st_mtime_ns
+
+    names = ["a.weight", "b.weight"]
+    summary = quantize_checkpoint(tmp_path / "src", tmp_path / "dst", names, SPECS[0], CONFIG)
+    assert summary.resumed == 1
+    assert first.stat().st_mtime_ns == written
+    quantize_checkpoint(tmp_path / "src", tmp_path / "whole", names, SPECS[0], CONFIG)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()} == whole
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(tmp_path: Path) -> None:
+    source(tmp_path / "src")
+
+    def stop_in_second_shard(name: str, done: int, total: int) -> None:
+        if name == "b.weight":
+            raise KeyboardInterrupt
+
+    names = ["a.weight", "b.weight"]
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst", names, SPECS[0], CONFIG, progress=stop_in_second_shard)
+    first = tmp_path / "dst/model-00001-of-00002.safetensors"
+    sound = first.read_bytes()
+    first.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert quantize_checkpoint(tmp_path / "src", tmp_path / "dst", names, SPECS[0], CONFIG).resumed == 0
+    assert first.read_bytes() == sound
+
+
+def test_the_checksums_are_those_of_the_shards(tmp_path: Path) -> None:
+    source(tmp_path / "src")
+    quantize_checkpoint(tmp_path / "src", tmp_path / "dst", ["a.weight"], SPECS[0], CONFIG)
+    shards = sorted((tmp_path / "dst").glob("*.safetensors"))
+    lines = [f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}" for shard in shards]
+    assert (tmp_path / "dst/SHA256SUMS").read_text().splitlines() == lines
+
+
+def test_pickled_shards_give_the_same_checkpoint_as_safetensors(tmp_path: Path) -> None:
+    before = tensors_of(source(tmp_path / "src"))
+    (tmp_path / "pickled").mkdir()
+    weight_map = {}
+    for shard in sorted((tmp_path / "src").glob("*.safetensors")):
+        name = f"pytorch_{shard.stem}.bin"
+        torch.save(load_file(shard), tmp_path / "pickled" / name)
+        weight_map |= dict.fromkeys(load_file(shard), name)
+    write_json(tmp_path / "pickled/pytorch_model.bin.index.json", {"weight_map": weight_map})
+    write_json(tmp_path / "pickled/config.json", {"model_type": "any"})
+    assert tensors_of(tmp_path / "pickled").keys() == before.keys()
+    for name in ("src", "pickled"):
+        quantize_checkpoint(tmp_path / name, tmp_path / f"{name}-q", ["a.weight", "b.weight"], SPECS[0], CONFIG)
+    expected = tensors_of(tmp_path / "src-q")
+    made = tensors_of(tmp_path / "pickled-q")
+    assert made.keys() == expected.keys()
+    assert all(made[name].equal(value) for name, value in expected.items())
+    files = {path.name for path in (tmp_path / "src-q").iterdir()}
+    assert {path.name for path in (tmp_path / "pickled-q").iterdir()} == files
+
+
+PEAK = """
+import sys, threading
+from pathlib import Path
+import ferrolora as fl
+from ferrolora.io.quantize_checkpoint import quantize_checkpoint
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+def run(source, destination):
+    names = [f"{i}.weight" for i in range(12)]
+    quantize_checkpoint(Path(source), Path(destination), names, fl.QuantSpec(), {"quant_method": "ferrolora"})
+
+run(sys.argv[1], sys.argv[3])  # libraries, threads and allocator have their memory after this
+before = most = anonymous()
+done = threading.Event()
+
+def watch():
+    global most
+    while not done.wait(0.0005):
+        most = max(most, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+run(sys.argv[2], sys.argv[4])
+done.set()
+watcher.join()
+print(most - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux' account of memory")
+@pytest.mark.parametrize("pickled", [False, True])
+def test_memory_is_the_largest_tensor_and_a_constant(tmp_path: Path, pickled: bool) -> None:
+    for name, width in (("small", 64), ("large", 1024)):
+        (tmp_path / name).mkdir()
+        tensors = {f"{i}.weight": torch.randn(width, 2048) for i in range(12)}
+        if pickled:
+            torch.save(tensors, tmp_path / name / "pytorch_model.bin")
+        else:
+            save_file(tensors, tmp_path / name / "model.safetensors")
+        write_json(tmp_path / name / "config.json", {"model_type": "any"})
+    folders = [str(tmp_path / name) for name in ("small", "large", "small-q", "large-q")]
+    run = subprocess.run([sys.executable, "-c", PEAK, *folders], check=True, capture_output=True, text=True)
+    tensor = 1024 * 2048 * 4  # bytes; the model is 12 of them
+    # one tensor (its copy out of the file) and its codes (an eighth of it), then 8 MiB for buffers of files and threads
+    assert int(run.stdout) <= 1.125 * tensor + 8 * 2**20
 
 
 def test_a_beginning_with_other_settings_is_not_taken_for_ours(tmp_path: Path) -> None:
