@@ -7,7 +7,8 @@ quantized, and for a checkpoint that holds quantized weights the file alone deci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ferrolora.errors import FormatError, UnsupportedError
+from ferrolora.io.bitsandbytes import LABEL, spec_of_label
 from ferrolora.nn import QuantLinear
 from ferrolora.spec import QuantSpec
 
@@ -90,6 +92,18 @@ class FerroloraConfig(QuantizationConfigMixin):
     def from_spec(cls, spec: QuantSpec, skip_modules: Sequence[str] | None = None) -> FerroloraConfig:
         """The config that quantizes by `spec`."""
         return cls(spec.quant_type, spec.block_size, spec.double_quant, skip_modules)
+
+    @classmethod
+    def from_bitsandbytes(cls, label: Mapping[str, Any]) -> FerroloraConfig:
+        """The config that reads a checkpoint labelled `quant_method: bitsandbytes`, whose bytes are ours.
+
+        Args:
+            label: the `quantization_config` of its config.json.
+
+        Raises:
+            FormatError: another method, or neither 4 nor 8 bits.
+        """
+        return cls.from_spec(spec_of_label(label), label.get("llm_int8_skip_modules"))
 
 
 class FerroloraQuantizer(HfQuantizer):
@@ -193,6 +207,29 @@ class FerroloraQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters train over the quantized base."""
         return True
+
+
+def read_config(name: str | PathLike[str], **options: Any) -> Any:
+    """`AutoConfig.from_pretrained`, with a bitsandbytes label rewritten: ferrolora then reads the quantized weights.
+
+    `AutoModelForCausalLM.from_pretrained(name, config=read_config(name))` loads a 4- or 8-bit checkpoint of
+    bitsandbytes without bitsandbytes; nothing is decoded or quantized again. Other configs come back as they are.
+
+    Args:
+        name: directory, or repository on the Hub.
+        **options: for `AutoConfig.from_pretrained`.
+
+    Raises:
+        FormatError: the label names neither 4 nor 8 bits.
+    """
+    # Not at the top: this module is imported while transformers is being imported.
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, **options)
+    label = getattr(config, "quantization_config", None)
+    if isinstance(label, Mapping) and label.get("quant_method") == LABEL:
+        config.quantization_config = FerroloraConfig.from_bitsandbytes(label).to_dict()
+    return config
 
 
 def quantizable_linears(model: Any, skip_modules: Sequence[str] = ()) -> list[str]:

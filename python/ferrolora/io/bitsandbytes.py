@@ -1,16 +1,32 @@
-"""Layers to and from bitsandbytes' own form.
+"""Layers and checkpoints to and from bitsandbytes' own form.
 
 The bytes are the same, so nothing is decoded or quantized again; bitsandbytes itself need not be installed.
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ferrolora.errors import FormatError, UnsupportedError
+from ferrolora.io.checkpoint import (
+    CHECKSUMS_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    copy_side_files,
+    read_json,
+    temporary_sibling,
+    write_json,
+)
 from ferrolora.nn import QuantLinear
-from ferrolora.nn.quant_state import from_state, to_state
+from ferrolora.nn.quant_state import STATE_KEY, from_state, to_state
+from ferrolora.spec import QuantSpec
+
+LABEL = "bitsandbytes"
 
 
 def layer_from_state(state: Mapping[str, Tensor], prefix: str = "", dtype: torch.dtype | None = None) -> QuantLinear:
@@ -68,3 +84,82 @@ def prequantized(layer: QuantLinear) -> tuple[Tensor, dict[str, Tensor]]:
     state = to_state(layer.quant_tensor())
     weight = state.pop("weight")
     return weight, {key.removeprefix("weight."): tensor for key, tensor in state.items()}
+
+
+def spec_of_label(label: Mapping[str, Any]) -> QuantSpec:
+    """The codec that a `quantization_config` with `quant_method: bitsandbytes` names.
+
+    The block size of a stored weight stands beside it and not here; a weight quantized while loading gets 64.
+
+    Raises:
+        FormatError: another method, or neither 4 nor 8 bits.
+    """
+    method = label.get("quant_method")
+    if method != LABEL:
+        raise FormatError(f"quantization_config: quant_method is {method!r}, not {LABEL!r}")
+    if label.get("load_in_8bit", label.get("_load_in_8bit", False)):
+        return QuantSpec("int8")
+    if label.get("load_in_4bit", label.get("_load_in_4bit", False)):
+        double_quant = bool(label.get("bnb_4bit_use_double_quant", False))
+        return QuantSpec(label.get("bnb_4bit_quant_type", "fp4"), 64, double_quant)
+    raise FormatError("quantization_config: neither load_in_4bit nor load_in_8bit is set")
+
+
+def label_of_spec(spec: QuantSpec, skip_modules: Iterable[str] = (), compute_dtype: str = "float32") -> dict[str, Any]:
+    """The `quantization_config` by which transformers gives weights of `spec` to bitsandbytes.
+
+    Args:
+        spec: of the stored weights.
+        skip_modules: names of the linear layers that are stored in float.
+        compute_dtype: in which bitsandbytes multiplies 4-bit weights. Default "float32".
+    """
+    label: dict[str, Any] = {"quant_method": LABEL, "llm_int8_skip_modules": sorted(skip_modules) or None}
+    if not spec.is_4bit:
+        return label | {"load_in_8bit": True}
+    return label | {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": spec.quant_type,
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": compute_dtype,
+    }
+
+
+def export_checkpoint(source: Path, destination: Path, overwrite: bool = False) -> None:
+    """Write the quantized model directory `source` as one that transformers loads with bitsandbytes.
+
+    The weights are copied byte for byte; only the label in `config.json` changes.
+
+    Args:
+        source: a model directory that ferrolora quantized.
+        destination: directory to write; made if missing.
+        overwrite: replace what destination holds. Default False.
+
+    Raises:
+        FormatError: source is not one of ferrolora's, or destination is not free.
+    """
+    config = read_json(source / CONFIG_NAME)
+    stored = config.get("quantization_config", {})
+    if stored.get("quant_method") != "ferrolora":
+        raise FormatError(f"{source / CONFIG_NAME}: quant_method is {stored.get('quant_method')!r}, not 'ferrolora'")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    spec = QuantSpec(stored["quant_type"], stored["block_size"], stored["double_quant"])
+    checkpoint = Checkpoint(source)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    label = label_of_spec(spec, _float_layers(checkpoint), dtype)
+    destination.mkdir(parents=True, exist_ok=True)
+    names = [file.name for file in checkpoint.files]
+    for name in [*names, *(n for n in (INDEX_NAME, CHECKSUMS_NAME) if (source / n).is_file())]:
+        temporary = temporary_sibling(destination / name)
+        shutil.copyfile(source / name, temporary)
+        temporary.replace(destination / name)
+    copy_side_files(source, destination)
+    write_json(destination / CONFIG_NAME, {**config, "quantization_config": label})
+
+
+def _float_layers(checkpoint: Checkpoint) -> list[str]:
+    """Modules whose 2-D weight is not quantized: bitsandbytes must be told to leave them alone."""
+    quantized = {name.partition(".weight.")[0] for name in checkpoint.tensors if f".{STATE_KEY}" in name}
+    quantized |= {name.removesuffix(".SCB") for name in checkpoint.tensors if name.endswith(".SCB")}
+    weights = [name for name, info in checkpoint.tensors.items() if name.endswith(".weight") and len(info.shape) == 2]
+    return [name for weight in weights if (name := weight.removesuffix(".weight")) not in quantized]

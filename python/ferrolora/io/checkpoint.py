@@ -16,12 +16,13 @@ from typing import IO, Any
 import torch
 
 from ferrolora.errors import FormatError
-from ferrolora.io.shard import DTYPE_NAMES, PICKLED_SUFFIX, Shard, TensorInfo, open_shard
+from ferrolora.io.shard import DTYPE_NAMES, Shard, TensorInfo, open_shard
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLED_WEIGHTS_NAME = "pytorch_model.bin"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+WEIGHT_FILES = ((INDEX_NAME, WEIGHTS_NAME), (PICKLED_INDEX_NAME, PICKLED_WEIGHTS_NAME))  # in order of preference
 CHECKSUMS_NAME = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` reads it
 CONFIG_NAME = "config.json"
 
@@ -256,13 +257,13 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FormatError(f"{path}: no such file or directory")
-    for index_name, whole_name in ((INDEX_NAME, WEIGHTS_NAME), (PICKLED_INDEX_NAME, PICKLED_WEIGHTS_NAME)):
+    for index_name, whole_name in WEIGHT_FILES:
         index, whole = path / index_name, path / whole_name
         if index.is_file():
             return _files_of_index(index)
         if whole.is_file():
             return [whole]
-    raise FormatError(f"{path}: holds none of {WEIGHTS_NAME}, {INDEX_NAME}, {PICKLED_WEIGHTS_NAME}, {PICKLED_INDEX_NAME}")
+    raise FormatError(f"{path}: holds no weights: none of {', '.join(name for pair in WEIGHT_FILES for name in pair)}")
 
 
 def _files_of_index(index: Path) -> list[Path]:

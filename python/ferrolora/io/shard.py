@@ -110,9 +110,7 @@ class _Safetensors:
         view = self._handle.get_slice(name)
         stored = view.get_dtype()
         if stored not in DTYPES:
-            raise FormatError(
-                f"{self._file}: tensor {name!r} has type {stored}; known are {', '.join(sorted(DTYPES))}"
-            )
+            raise FormatError(f"{self._file}: tensor {name!r} has type {stored}; known are {', '.join(sorted(DTYPES))}")
         return TensorInfo(DTYPES[stored], tuple(view.get_shape()))
 
     def read(self, name: str) -> torch.Tensor:
@@ -142,7 +140,9 @@ class _Pickled:
             if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
                 raise FormatError(f"{file}: entry {name!r} is of type {type(tensor).__name__}, not a tensor")
             if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
-                raise FormatError(f"{file}: tensor {name!r} is {tensor.dtype}, {tensor.layout}; safetensors has no such")
+                raise FormatError(
+                    f"{file}: tensor {name!r} is {tensor.dtype} {tensor.layout}, not a type of safetensors"
+                )
         self._tensors: dict[str, torch.Tensor] = content
 
     def names(self) -> list[str]:

@@ -113,7 +113,8 @@ def die(name, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 source, destination = map(Path, sys.argv[1:])
-quantize_checkpoint(source, destination, ["a.weight", "b.weight"], fl.QuantSpec("nf4"), {"quant_method": "ferrolora"}, progress=die)
+config = {"quant_method": "ferrolora"}
+quantize_checkpoint(source, destination, ["a.weight", "b.weight"], fl.QuantSpec("nf4"), config, progress=die)
 """
 
 
