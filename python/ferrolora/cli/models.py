@@ -32,15 +32,13 @@ def load_model(
         double_quant: as in `QuantSpec`.
         **options: for `from_pretrained`.
     """
-    from transformers import AutoConfig
+    from ferrolora.integrations.transformers import FerroloraConfig, read_config
 
-    from ferrolora.integrations.transformers import FerroloraConfig
-
-    config = AutoConfig.from_pretrained(model)
+    config = read_config(model)
     if quant != "none" and getattr(config, "quantization_config", None) is None:
         spec = QuantSpec(quant, block_size, double_quant)
         options["quantization_config"] = FerroloraConfig.from_spec(spec)
-    return cls.from_pretrained(model, dtype=dtype, **options)
+    return cls.from_pretrained(model, config=config, dtype=dtype, **options)
 
 
 def load_tokenizer(model: str) -> Any:

@@ -70,3 +70,14 @@ def test_inspect_describes_an_adapter(cli, adapter: Path) -> None:
     assert content["tensors_by_module"] == {"q_proj": 4}
     assert content["parameters"] == 2 * (4 * 32 + 32 * 4)
     assert "target_modules: ['q_proj']" in cli("inspect", adapter).out
+
+
+def test_text_from_a_checkpoint_exported_for_bitsandbytes_is_the_text_of_ours(
+    cli, causal: Path, tmp_path: Path
+) -> None:
+    assert cli("quantize", causal, tmp_path / "q").status == 0
+    assert cli("export", "bitsandbytes", tmp_path / "q", tmp_path / "b").status == 0
+    assert '"bitsandbytes"' in (tmp_path / "b/config.json").read_text()
+    answers = [cli("generate", tmp_path / name, "--prompt", "hello", "--max-new-tokens", 4) for name in "qb"]
+    assert answers[0].status == 0
+    assert answers[1].out == answers[0].out
