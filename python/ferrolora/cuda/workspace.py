@@ -16,16 +16,17 @@ _held: dict[tuple[str, int, int], Tensor] = {}  # (kind, device, stream) -> as l
 
 def _take(kind: str, numel: int, dtype: torch.dtype, index: int, stream: int) -> Tensor:
     """`numel` elements, zero when they are first given out."""
-    device = torch.device("cuda", index)
+    capturing, key = torch.cuda.is_current_stream_capturing(), (kind, index, stream)
+    held = None if capturing else _held.get(key)
+    if held is not None and held.numel() >= numel:
+        return held
     make = torch.zeros if kind == "counters" else torch.empty
-    if torch.cuda.is_current_stream_capturing():
-        return make(numel, dtype=dtype, device=device)
-    key = (kind, index, stream)
-    held = _held.get(key)
-    if held is None or held.numel() < numel:
-        _held.pop(key, None)  # before the larger one is allocated, so that both never exist
-        held = _held[key] = make(numel, dtype=dtype, device=device)
-    return held
+    if capturing:
+        return make(numel, dtype=dtype, device=torch.device("cuda", index))
+    del held
+    _held.pop(key, None)  # before the larger one is allocated, so that both never exist
+    _held[key] = make(numel, dtype=dtype, device=torch.device("cuda", index))
+    return _held[key]
 
 
 def weight(shape: tuple[int, int], dtype: torch.dtype, index: int, stream: int) -> Tensor:

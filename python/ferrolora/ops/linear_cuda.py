@@ -10,7 +10,12 @@ from torch import Tensor
 from ferrolora import _native
 from ferrolora.cuda import workspace
 from ferrolora.cuda.launch import prepare, ready, run
+from ferrolora.cuda.mode import required_kernel
+from ferrolora.errors import UnsupportedError
 from ferrolora.ops.decode import decode, stored
+
+MASKED = ("lora_input", "lora_input_gradient", "lora_add_input_gradient")  # operators that draw the mask of dropout
+NO_CODEC = ("nf4", 64, False)  # for an operator that reads no packed weight
 
 
 class Weight(NamedTuple):
@@ -24,11 +29,6 @@ class Weight(NamedTuple):
     block_size: int
     n: int
     k: int
-
-    @property
-    def codec(self) -> tuple[str, int, bool]:
-        """quant_type, block_size, and whether the scales are codes too."""
-        return self.quant_type, self.block_size, self.nested_absmax is not None
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -61,7 +61,7 @@ class Branch(NamedTuple):
 
 def forward(x: Tensor, weight: Weight, bias: Tensor | None, branch: Branch | None, s: Tensor | None, y: Tensor) -> None:
     """Write `y = x·Wᵀ + bias + scaling·S·Bᵀ`: x `[m, k]`, y `[m, n]`, and s `[m, r]` if there is a branch."""
-    m, index = x.shape[0], x.get_device()
+    index = x.get_device()
     if weight.k == 0 or y.numel() == 0:
         y.zero_()
         if bias is not None:
@@ -69,7 +69,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, branch: Branch | Non
         return
     rank, lora_dtype = (0, None) if branch is None else (branch.rank, branch.a.dtype)
     bias_dtype = None if bias is None else bias.dtype
-    launch = prepare(index, "linear", x.dtype, weight.n, weight.k, m, *weight.codec, rank, lora_dtype, bias_dtype)
+    launch = _product("linear", x, weight, rank, lora_dtype, bias_dtype)
     if launch is not None:
         given = {**stored(*weight.parts), "x": ready(x), "bias": None if bias is None else ready(bias), "y": y}
         if branch is not None:
@@ -97,15 +97,12 @@ def low_rank_input(x: Tensor, weight: Weight, branch: Branch, s: Tensor) -> None
 
 def input_gradient(dy: Tensor, weight: Weight, branch: Branch | None, ds: Tensor | None, dx: Tensor) -> None:
     """Write `dX = dY·W + mask ⊙ (dS·A)`, for dy `[m, n]` and dx `[m, k]`; ds float32 `[m, r]` if there is a branch."""
-    m, index = dy.shape[0], dy.get_device()
+    index = dy.get_device()
     if weight.n == 0 or dx.numel() == 0:
         dx.zero_()
         return
     rank, lora_dtype, dropout_p = (0, None, 0.0) if branch is None else (branch.rank, branch.a.dtype, branch.dropout_p)
-    codec = weight.codec
-    launch = prepare(
-        index, "linear_backward", dy.dtype, weight.n, weight.k, m, *codec, rank, lora_dtype, dropout_p=dropout_p
-    )
+    launch = _product("linear_backward", dy, weight, rank, lora_dtype, None, dropout_p)
     if launch is not None:
         given = {**stored(*weight.parts), "dy": ready(dy), "dx": dx}
         if branch is not None:
@@ -159,23 +156,38 @@ def _add_output(s: Tensor, branch: Branch, y: Tensor, weight: Weight) -> None:
 
 def _add_input_gradient(ds: Tensor, branch: Branch, dx: Tensor, weight: Weight) -> None:
     launch = _branch_launch("lora_add_input_gradient", dx, weight, branch)
-    if launch is None:  # the planner leaves this to torch only where there is no mask to draw
+    if launch is None:
+        if branch.dropout_p > 0.0:  # the planner itself does not come here with a mask to draw
+            raise UnsupportedError(
+                f"ferrolora.cuda.exact(): no kernel adds a gradient under dropout {branch.dropout_p} to {dx.dtype} on "
+                "this GPU; train with lora_dropout=0, or leave the block for backward"
+            )
         dx.addmm_(ds.to(dx.dtype), branch.a.to(dx.dtype))
     else:
         run(launch, dx.get_device(), {"ds": ds, "a": ready(branch.a), "seed": branch.seed, "dx": dx})
 
 
+# By position, here and below: a lookup by keywords costs three times as much, and there is one for every launch.
+def _product(
+    op: str,
+    like: Tensor,
+    weight: Weight,
+    rank: int,
+    lora_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    dropout_p: float = 0.0,
+) -> _native.CudaLaunch | None:
+    """The launch of a product with a packed weight; None: decode, then torch's own product."""
+    index, m, (_, _, nested, _, quant_type, block_size, n, k) = like.get_device(), like.shape[0], weight
+    codec = (quant_type, block_size, nested is not None)
+    kernel = required_kernel()
+    return prepare(index, op, like.dtype, n, k, m, *codec, rank, lora_dtype, bias_dtype, dropout_p, kernel)
+
+
 def _branch_launch(op: str, like: Tensor, weight: Weight, branch: Branch) -> _native.CudaLaunch | None:
     """The launch of an operator of the branch alone, which knows nothing of how the weight is stored."""
-    masked = op in ("lora_input", "lora_input_gradient", "lora_add_input_gradient")
+    a, m = branch.a, like.shape[0]
+    dropout_p = branch.dropout_p if op in MASKED else 0.0
     return prepare(
-        like.get_device(),
-        op,
-        like.dtype,
-        weight.n,
-        weight.k,
-        like.shape[0],
-        rank=branch.rank,
-        lora_dtype=branch.a.dtype,
-        dropout_p=branch.dropout_p if masked else 0.0,
+        like.get_device(), op, like.dtype, weight.n, weight.k, m, *NO_CODEC, a.shape[0], a.dtype, None, dropout_p
     )

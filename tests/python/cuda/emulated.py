@@ -45,6 +45,7 @@ class Emulated:
         lora_dtype: torch.dtype | None = None,
         bias_dtype: torch.dtype | None = None,
         dropout_p: float = 0.0,
+        kernel: str | None = None,
     ) -> dict[str, Any] | None:
         names = {
             name: None if value is None else str(value).removeprefix("torch.")
@@ -52,7 +53,16 @@ class Emulated:
         }
         stored = {"quant_type": quant_type, "block_size": block_size, "nested": nested}
         asked = problem(
-            op, n=n, k=k, m=m, rank=rank, dropout_p=dropout_p, fused_rows=self.fused_rows, **names, **stored
+            op,
+            n=n,
+            k=k,
+            m=m,
+            rank=rank,
+            dropout_p=dropout_p,
+            fused_rows=self.fused_rows,
+            kernel=kernel,
+            **names,
+            **stored,
         )
         return _native.cuda_plan(asked, self.sm, 4)  # few multiprocessors: small problems then have large grids
 

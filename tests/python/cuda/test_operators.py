@@ -9,6 +9,7 @@ import torch
 
 import ferrolora as fl
 from ferrolora import _native
+from ferrolora.cuda.mode import required_kernel
 from ferrolora.ops import (
     double_quantize,
     int8,
@@ -146,6 +147,58 @@ def test_a_linear_with_a_branch_is_its_formula(
             reference.linear_lora_backward(dy, x, s, w, a, b, 0.5, mask)[i]  # noqa: B023
         )
         assert_close(grad, formula, dy, x, s, w, a, b, mask, depth=depth + n, rounded=dtype)
+
+
+EXACT = [route for route in ROUTES if "library" not in str(route.id)]
+
+
+@pytest.mark.parametrize(SHAPE, EXACT)
+def test_exact_products_have_the_bits_of_a_decoded_weight(
+    emulate: Emulate, sm: int, fused_rows: int | None, dtype: torch.dtype, m: int, n: int, k: int, quant_type: str
+) -> None:
+    machine = emulate(sm, fused_rows)
+    qt, x, dy = weight(n, k, quant_type), torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    w, bias, problem = qt.dequantize(dtype), torch.randn(n), (*parts(qt), n, k)
+    with fl.cuda.exact():
+        assert torch.equal(linear_base._cuda(x, *problem, None), torch.mm(x, w.t()))
+        assert torch.equal(linear_base._cuda(x, *problem, bias), torch.addmm(bias.to(dtype), x, w.t()))
+        assert torch.equal(linear_base._cuda_backward(dy, *problem), torch.mm(dy, w))
+    assert {entry.partition("_")[0] for entry in machine.launched} == {"dequantize"}
+    machine.launched.clear()
+    linear_base._cuda(x, *problem, None)
+    assert not any(entry.startswith("dequantize") for entry in machine.launched)
+
+
+def test_an_exact_product_with_a_branch_is_that_product_and_the_branch(emulate: Emulate) -> None:
+    machine = emulate(90)
+    qt, x, dy = weight(72, 128), torch.randn(3, 128).half(), torch.randn(3, 72).half()
+    zero = (torch.randn(4, 128), torch.zeros(72, 4), 0.5, 0.0, None)
+    with fl.cuda.exact():
+        y, s = linear_lora._cuda(x, *parts(qt), 72, 128, None, *zero)
+        dx, _, _ = linear_lora._cuda_backward(dy, x, s, *parts(qt), 72, 128, *zero, [True] * 3)
+    w = qt.dequantize(torch.float16)
+    assert torch.equal(y, torch.mm(x, w.t()))  # B = 0: the branch adds zeros
+    assert torch.equal(dx, torch.mm(dy, w))
+    assert not {"gemv_4bit", "gemm_4bit", "gemm_4bit_backward"} & set(machine.launched)
+
+
+def test_an_exact_gradient_never_loses_its_mask(emulate: Emulate) -> None:
+    emulate(90)
+    qt, x, dy, s = weight(33, 100), torch.randn(5, 100), torch.randn(5, 33), torch.randn(5, 4)
+    lora = (torch.randn(4, 100), torch.randn(33, 4), 0.5, 0.25, torch.tensor(7))
+    with fl.cuda.exact(), pytest.raises(fl.UnsupportedError, match=r"dropout 0.25 to torch.float32"):
+        linear_lora._cuda_backward(dy, x, s, *parts(qt), 33, 100, *lora, [True] * 3)
+
+
+def test_exact_blocks_nest_and_end_with_an_error() -> None:
+    def fail() -> None:
+        with fl.cuda.exact(), fl.cuda.exact():
+            assert required_kernel() == "library"
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert required_kernel() is None
 
 
 def test_only_the_gradients_that_are_needed_are_computed(emulate: Emulate) -> None:
