@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import bounds
 import figures
+import gpu_figures
 
 from ferrolora.bench import plot as plot_module
 from ferrolora.bench.contender import BITSANDBYTES, OURS, PEFT, TORCH
@@ -116,7 +117,13 @@ def benchmarks(found: Sequence[Source], results: Path) -> str:
         parts += _tables(source)
     parts += ["## Other measurements", *_others(results, "../benches/results")]
     commands = [f"{source.result.command}" for source in found]
-    commands += ["sh examples/trec.sh", "python benches/python/load_memory.py", "python benches/report.py"]
+    commands += [
+        "sh examples/trec.sh",
+        "python benches/python/load_memory.py",
+        gpu_figures.COMMAND,
+        "python benches/report.py",
+    ]
+    parts += [gpu_figures.section(results)]
     parts += ["## Commands", "\n".join(["```sh", *commands, "```"])]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ferrolora.bench.gpu.goals import works
+from ferrolora.bench.gpu.row import GpuRow
+from ferrolora.bench.gpu.row import result_json as gpu_result
 from ferrolora.bench.result import result_json
 from tiny.rows import MACHINE, ROWS
 
@@ -54,6 +57,7 @@ def test_the_page_has_caveats_then_targets_then_losses_then_tables_then_commands
         "## Where ferrolora loses",
         "## All rows",
         "## Other measurements",
+        "## NVIDIA GPUs",
         "## Commands",
     ]
     assert "| linear 16x4096x4096 float32 | torch dense | ≥ 1.6x | 2.00x | pass |" in page
@@ -92,3 +96,30 @@ def test_check_names_what_is_stale_and_writes_nothing(
     for name in ("BENCHMARKS.md", "linear.svg"):
         assert f"{name}: not what `python benches/report.py` writes" in told
     assert "train.svg" not in told
+
+
+def test_the_page_says_that_no_gpu_was_measured_until_one_was(root: Path, report: Callable[..., int]) -> None:
+    report()
+    page = (root / "docs/BENCHMARKS.md").read_text()
+    assert "no kernel of ours has run on a GPU" in page
+    assert "| few rows, NF4 | bitsandbytes | ≥ 0.95x | 24 |" in page
+    assert "python tests/gpu/run.py dist/ferrolora-*.whl" in page
+
+    rows = [GpuRow(work, "s", {"ferrolora": 1e-3, "bitsandbytes": 1.1e-3}) for work in works()]
+    content = {
+        "date": "2026-01-02",
+        "wheel": "ferrolora-0.1.0.whl",
+        "doctor": {"versions": {"torch": "2.15.0"}},
+        "tests": {"passed": 112, "failed": 0, "skipped": 1, "failures": []},
+        "bench": gpu_result(MACHINE, "GPU A", "ferrolora bench --suite gpu", rows),
+    }
+    (root / "results" / "gpu-a.json").write_text(json.dumps(content))
+    assert report("--check") == 1
+    report()
+    page = (root / "docs/BENCHMARKS.md").read_text()
+    assert "no kernel of ours has run on a GPU" not in page
+    assert "### GPU A, 2026-01-02" in page
+    assert "112 tests passed, 0 failed, 1 were skipped" in page
+    assert "| linear 2x4096x4096 (q, o) | 1.00 ms | bitsandbytes | ≥ 0.95x | 1.10x | pass |" in page
+    assert "| linear, m = 2 to 64, geometric mean |  | bitsandbytes | ≥ 1.2x | 1.10x | **miss** |" in page
+    assert report("--check") == 0
