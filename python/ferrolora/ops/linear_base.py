@@ -12,6 +12,7 @@ from ferrolora.errors import ShapeError, UnsupportedError
 from ferrolora.ops import linear_cuda
 from ferrolora.ops.checks import require_float, require_linear
 from ferrolora.ops.library import define, differentiate
+from ferrolora.ops.linear_cuda import as_rows
 from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
 
 _COLUMNS = 64
@@ -74,7 +75,7 @@ def _cuda(
 ) -> Tensor:
     y = _fake(x, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k, bias)
     weight = linear_cuda.Weight(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
-    linear_cuda.forward(ready(x).view(-1, k), weight, bias, None, None, y.view(-1, n))
+    linear_cuda.forward(as_rows(ready(x), k), weight, bias, None, None, as_rows(y, n))
     return y
 
 
@@ -133,7 +134,7 @@ def _cuda_backward(
 ) -> Tensor:
     dx = _fake_backward(dy, codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
     weight = linear_cuda.Weight(codes, absmax, nested_absmax, offset, quant_type, block_size, n, k)
-    linear_cuda.input_gradient(ready(dy).view(-1, n), weight, None, None, dx.view(-1, k))
+    linear_cuda.input_gradient(as_rows(ready(dy), n), weight, None, None, as_rows(dx, k))
     return dx
 
 

@@ -19,6 +19,7 @@ from ferrolora.ops import linear_cuda
 from ferrolora.ops.checks import require_linear, require_low_rank
 from ferrolora.ops.library import define, differentiate
 from ferrolora.ops.linear_base import bias_gradient, needs_grad, once_differentiable
+from ferrolora.ops.linear_cuda import as_rows
 from ferrolora.ops.weight import MATRIX_SCHEMA, native_weight
 
 _LORA = "Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed"
@@ -109,9 +110,9 @@ def _cuda(
     y, s = _fake(x, *parts, quant_type, block_size, n, k, bias, lora_a, lora_b, scaling, dropout_p, seed)
     weight = linear_cuda.Weight(*parts, quant_type, block_size, n, k)
     branch = linear_cuda.Branch(lora_a, lora_b, scaling, dropout_p, seed)
-    x, low = ready(x).view(-1, k), s.view(-1, branch.rank)
+    x, low = as_rows(ready(x), k), as_rows(s, branch.rank)
     linear_cuda.low_rank_input(x, weight, branch, low)
-    linear_cuda.forward(x, weight, bias, branch, low, y.view(-1, n))
+    linear_cuda.forward(x, weight, bias, branch, low, as_rows(y, n))
     return y, s
 
 
@@ -205,12 +206,12 @@ def _cuda_backward(
     dx, da, db = _fake_backward(dy, x, s, *parts, *problem, lora_a, lora_b, scaling, dropout_p, seed, needs)
     weight = linear_cuda.Weight(*parts, *problem)
     branch = linear_cuda.Branch(lora_a, lora_b, scaling, dropout_p, seed)
-    dy, s = ready(dy).view(-1, n), None if s is None else ready(s).view(-1, branch.rank)
+    dy, s = as_rows(ready(dy), n), None if s is None else as_rows(ready(s), branch.rank)
     ds = linear_cuda.output_gradients(dy, s, weight, branch, db if needs[2] else None)
     if needs[1] and x is not None:
-        linear_cuda.a_gradient(ready(x).view(-1, k), ds, weight, branch, da)
+        linear_cuda.a_gradient(as_rows(ready(x), k), ds, weight, branch, da)
     if needs[0]:
-        linear_cuda.input_gradient(dy, weight, branch, ds, dx.view(-1, k))
+        linear_cuda.input_gradient(dy, weight, branch, ds, as_rows(dx, k))
     return dx, da, db
 
 
