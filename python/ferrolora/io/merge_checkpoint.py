@@ -21,13 +21,13 @@ from ferrolora.io.checkpoint import (
     INDEX_NAME,
     Checkpoint,
     SafetensorsWriter,
-    TensorInfo,
     copy_side_files,
     read_json,
     write_index,
     write_json,
 )
 from ferrolora.io.quantize_checkpoint import quantized_layout
+from ferrolora.io.shard import TensorInfo
 from ferrolora.model.targets import find_targets, saved_modules
 from ferrolora.nn.quant_state import to_state
 from ferrolora.ops.quantize import quantize
