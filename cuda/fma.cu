@@ -7,7 +7,7 @@ using BiasType = FL_BIAS_TYPE;
 using QuantWeight = Weight<FL_CODEC, FL_BLOCK_SIZE, FL_NESTED>;
 
 // y [M, N] = x · Wᵀ + bias + scaling · S · Bᵀ
-FL_KERNEL(FMA_THREADS)
+FL_KERNEL(FMA_THREADS, 2)
 fma_forward(const Type* __restrict__ x, const void* __restrict__ codes, const void* __restrict__ absmax,
             const float* __restrict__ nested, const float* __restrict__ offset, const BiasType* __restrict__ bias,
             const Type* __restrict__ s, const LoraType* __restrict__ b, Type* __restrict__ y,
@@ -29,7 +29,7 @@ fma_forward(const Type* __restrict__ x, const void* __restrict__ codes, const vo
 }
 
 // dX [M, K] = dY · W + mask ⊙ (dS · A); dS holds the scaling already.
-FL_KERNEL(FMA_THREADS)
+FL_KERNEL(FMA_THREADS, 2)
 fma_backward(const Type* __restrict__ dy, const void* __restrict__ codes, const void* __restrict__ absmax,
              const float* __restrict__ nested, const float* __restrict__ offset, const float* __restrict__ ds,
              const LoraType* __restrict__ a, const u64* __restrict__ seed, Type* __restrict__ dx,
