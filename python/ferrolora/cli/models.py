@@ -30,11 +30,13 @@ def load_model(
         dtype: one of `DTYPES`; "auto" is the type the model was stored in.
         block_size: as in `QuantSpec`.
         double_quant: as in `QuantSpec`.
-        **options: for `from_pretrained`.
+        **options: for `from_pretrained`, or for the model's configuration (`num_labels`).
     """
     from ferrolora.integrations.transformers import FerroloraConfig, read_config
 
     config = read_config(model)
+    for name in [name for name in options if hasattr(config, name)]:  # beside a config, transformers takes none of them
+        setattr(config, name, options.pop(name))
     if quant != "none" and getattr(config, "quantization_config", None) is None:
         spec = QuantSpec(quant, block_size, double_quant)
         options["quantization_config"] = FerroloraConfig.from_spec(spec)

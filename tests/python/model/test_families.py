@@ -146,7 +146,11 @@ def test_automatic_targets_train_save_load_and_merge(family: str, tmp_path: Path
         assert not torch.equal(before, output(base, inputs))
         model.save_pretrained(tmp_path)
         again = fl.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-        assert torch.equal(output(again, inputs), before)
+        saved, loaded = model.state_dict(), again.state_dict()
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+        # Not the same bits: torch's own float products differ with the alignment of what was loaded.
+        torch.testing.assert_close(output(again, inputs), before, rtol=1e-5, atol=1e-6)
         merged = model.merge_and_unload()
         # (W + Δ)x for Wx + Δx through two layers; outputs of some families reach 100
         torch.testing.assert_close(output(merged, inputs), before, atol=1e-4, rtol=1e-4)
