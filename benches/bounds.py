@@ -1,8 +1,10 @@
-"""What bounds the targets that were missed: counted rooflines from the rates that the same run measured.
+"""What bounds the targets that were missed: the time they would take at the best rates that the same run measured.
 
-A product has to do its multiply-adds at no more than the best rate of torch's dense products of its type in the run,
-and to move its least bytes at no more than the rate of the run's memory copies. The longer of the two times is its
-floor; what the peer took over that floor is the most that any kernel could reach against that peer.
+A product does its multiply-adds and moves its least bytes. "Arithmetic" is the time of the first at the best rate of
+torch's dense products of its type, "bytes" that of the second at the best rate of a memory copy; "at these rates" is
+what the peer took over the longer of the two. These are rates that other code reached in this run, not limits of the
+hardware: a weight that stays in the caches is read faster than memory is copied, and a product can be faster than
+torch's.
 """
 
 from __future__ import annotations
@@ -14,26 +16,25 @@ from ferrolora.bench.row import Entry, Row
 from ferrolora.bench.table import duration
 from ferrolora.bench.targets import MISS, Judged
 
-HEADER = ("missed target", "against", "goal", "measured", "arithmetic", "bytes", "at the floor")
+HEADER = ("missed target", "against", "goal", "measured", "arithmetic", "bytes", "at these rates")
 
 TRIED = """\
-Where the floor itself is below the goal, no kernel reaches it here: torch's dense product stands between. Elsewhere the
-distance is ours. What was tried for it:
+Where the last column is below the goal, meeting the goal takes a kernel that is faster than torch's dense product, or
+reads faster than a memory copy, in the same run. Elsewhere the distance is ours. What was tried for it:
 
 - Few rows in float32: weight rows along the lanes instead of along K, two to fourteen rows of x in registers, decoding
-  by table into the first-level cache, prefetching eight rows ahead. Against bitsandbytes, which rounds x and W to
-  bfloat16 on such a processor and so has half the arithmetic, what is left is bound by the cache and memory that both
-  read.
+  by table into the first-level cache, prefetching eight rows ahead. bitsandbytes, on such a processor, rounds x and W to
+  bfloat16 instead of computing in float32.
 - Many rows in float32: tiles of 14 by 32 (AVX-512), panels of x transposed in registers, chunks of 192 rows so that
   panels, slivers and tiles stay in the second-level cache. Each chunk decodes the weight again.
 - LoRA: S from the packed x, the branch as more depth of the same tiles, dS from the packed dY.
 - bfloat16: tiles of AMX with 512 of depth and 512 rows at a time, tiles that start at zero, one packing of dS, stores
-  of whole lines, and groups of linears that share x. The loads of tiles, not their products, take most of the time.
+  of whole lines, and groups of linears that share x.
 """
 
 
 def bounds(rows: Sequence[Row], judged: Sequence[Judged]) -> list[tuple[str, ...]]:
-    """One line a missed target of speed: goal, measured ratio, the two floors, and the ratio at the longer one."""
+    """One line a missed target of speed: goal, measured ratio, the two times, and the ratio at the longer one."""
     by_name = {row.name: row for row in rows}
     lines = []
     for line in judged:
@@ -45,7 +46,7 @@ def bounds(rows: Sequence[Row], judged: Sequence[Judged]) -> list[tuple[str, ...
         if ours is None or theirs is None or theirs.median is None:
             continue
         arithmetic, moving = _over(ours.flops, _best_dense(rows, row)), _over(ours.bytes, _copy_rate(rows))
-        floor = max(arithmetic or 0.0, moving or 0.0)
+        longest = max(arithmetic or 0.0, moving or 0.0)
         lines.append(
             (
                 target.name,
@@ -54,7 +55,7 @@ def bounds(rows: Sequence[Row], judged: Sequence[Judged]) -> list[tuple[str, ...
                 f"{line.ratio:.2f}x",
                 duration(arithmetic) if arithmetic else "",
                 duration(moving) if moving else "",
-                f"{theirs.median / floor:.2f}x" if floor else "",
+                f"{theirs.median / longest:.2f}x" if longest else "",
             )
         )
     return lines

@@ -88,14 +88,18 @@ pub fn forward_group(exec: &Exec, rows: usize, x: Floats<'_>, siblings: Vec<Sibl
         exec.isa.run_dots(bf16::Forward { exec, rows, cols, x, members });
         return Ok(());
     }
-    for (sibling, bias) in siblings.into_iter().zip(&biases) {
-        let problem = Problem { rows, weight: sibling.weight, bias: bias.as_deref(), lora: sibling.lora };
-        with_floats!(Floats, x, x => {
+    with_floats!(Floats, x, x => {
+        // Every type is checked before anything is written.
+        let mut members = Vec::with_capacity(siblings.len());
+        for (sibling, bias) in siblings.into_iter().zip(&biases) {
+            let problem = Problem { rows, weight: sibling.weight, bias: bias.as_deref(), lora: sibling.lora };
             let y = like_mut(x, "x", "y", sibling.y)?;
-            let s = sibling.s.map(|s| like_mut(x, "x", "s", s)).transpose()?;
+            members.push((problem, y, sibling.s.map(|s| like_mut(x, "x", "s", s)).transpose()?));
+        }
+        for (problem, y, s) in members {
             typed(exec, &problem, x, y, s);
-        });
-    }
+        }
+    });
     Ok(())
 }
 

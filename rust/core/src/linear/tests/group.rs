@@ -115,3 +115,17 @@ fn siblings_of_different_columns_are_refused() {
     let refused = backward_group(&exec, 2, vec![output(&weights.0), output(&weights.1)], None);
     assert_eq!(refused, Err(Error::Length { what: "in_features of a group", expected: 8, got: 4 }));
 }
+
+#[test]
+fn a_type_that_does_not_fit_is_refused_before_anything_is_written() {
+    let case = Case::<f32>::new(Shape { m: 2, n: 3, k: 8, r: 0 }, NF4, 0.0);
+    let weight = case.stored.weight(3, 8);
+    for isa in IsaKind::all() {
+        let (mut y, mut wrong) = ([f32::NAN; 6], [f16::ZERO; 6]);
+        let sibling = |y| Sibling { weight: &weight, bias: None, lora: None, y, s: None };
+        let siblings = vec![sibling(FloatsMut::F32(&mut y)), sibling(FloatsMut::F16(&mut wrong))];
+        let refused = forward_group(&Exec { isa, threads: 1 }, 2, Floats::F32(&case.x), siblings);
+        assert_eq!(refused, Err(Error::Type { what: "y", of: "x", expected: DType::F32, got: DType::F16 }));
+        assert!(y.iter().all(|value| value.is_nan()));
+    }
+}
