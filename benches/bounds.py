@@ -23,8 +23,8 @@ Where the last column is below the goal, meeting the goal takes a kernel that is
 reads faster than a memory copy, in the same run. Elsewhere the distance is ours. What was tried for it:
 
 - Few rows in float32: weight rows along the lanes instead of along K, two to fourteen rows of x in registers, decoding
-  by table into the first-level cache, prefetching eight rows ahead. bitsandbytes, on such a processor, rounds x and W to
-  bfloat16 instead of computing in float32.
+  by table into the first-level cache, prefetching eight rows ahead. bitsandbytes, on such a processor, rounds x and W
+  to bfloat16 instead of computing in float32.
 - Many rows in float32: tiles of 14 by 32 (AVX-512), panels of x transposed in registers, chunks of 192 rows so that
   panels, slivers and tiles stay in the second-level cache. Each chunk decodes the weight again.
 - LoRA: S from the packed x, the branch as more depth of the same tiles, dS from the packed dY.

@@ -1,6 +1,7 @@
 """LoRA: a low-rank matrix beside a linear layer."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from ferrolora.adapters.lora_config import LoraConfig as LoraConfig
 from ferrolora.adapters.lora_conv import LoraConv
 from ferrolora.adapters.lora_embedding import LoraEmbedding
 from ferrolora.adapters.lora_layer import LoraLayer, LowRankBase
-from ferrolora.adapters.rows import BASE, RowGroups
+from ferrolora.adapters.rows import RowGroups
 from ferrolora.adapters.siblings import InputGroup
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.ops.linear import LowRank
@@ -113,14 +114,17 @@ class LoraLinear(LoraLayer):
         return y.to(base.dtype)
 
     def forward_rows(self, x: Tensor, groups: RowGroups) -> Tensor:
-        if any(self.uses_dora(name) for name in groups.groups):
+        names = [name for name in groups.groups if name in self.lora_A]
+        if any(map(self.uses_dora, names)):
             return super().forward_rows(x, groups)
+        if names and hasattr(self.base_layer, "forward_with_low_rank") and self._one_dropout(names):
+            y = cast(LowRankBase, self.base_layer).forward_with_low_rank(x, self._of_rows(names, x, groups))
+            return self._with_biases_of_rows(y, names, groups)
         base: Tensor = self.base_layer(x)  # once for all rows
         y = base
-        for name in groups.groups:
-            if name != BASE and name in self.lora_A:
-                rows = groups.rows(name, x)
-                y = y.index_add(0, rows, self._branch(x[rows], name).to(y.dtype))
+        for name in names:
+            rows = groups.rows(name, x)
+            y = y.index_add(0, rows, self._branch(x[rows], name).to(y.dtype))
         return y
 
     def bias_with(self, names: Sequence[str], bias: Tensor | None) -> Tensor | None:
@@ -164,9 +168,37 @@ class LoraLinear(LoraLayer):
             a, b = self.factors(names[0])
             dropout = self.lora_dropout[names[0]] if self.training else 0.0
             return LowRank(a, b, self.scaling[names[0]], dropout)
+        return self._stacked(names)
+
+    def _stacked(self, names: Sequence[str]) -> LowRank:
         pairs = [self.factors(name) for name in names]
         stacked_b = [b * self.scaling[name] for name, (_, b) in zip(names, pairs, strict=True)]
         return LowRank(torch.cat([a for a, _ in pairs]), torch.cat(stacked_b, dim=1), 1.0, 0.0)
+
+    def _one_dropout(self, names: Sequence[str]) -> bool:
+        return not self.training or len({self.lora_dropout[name] for name in names}) == 1
+
+    def _of_rows(self, names: Sequence[str], x: Tensor, groups: RowGroups) -> LowRank:
+        """The adapters stacked, each row of the batch using the ranks of its own."""
+        groups.rows_each(x)
+        if id(self) in groups.stacked:
+            return groups.stacked[id(self)]
+        ends = list(accumulate(self.r[name] for name in names))
+        spans = {name: (end - self.r[name], end) for name, end in zip(names, ends, strict=True)}
+        dropout = self.lora_dropout[names[0]] if self.training else 0.0
+        row_ranks = tuple(spans.get(name, (0, 0)) for name in groups.names)
+        branch = self._stacked(names)._replace(dropout_p=dropout, row_ranks=row_ranks)
+        if not self.training and not torch.is_grad_enabled():
+            groups.stacked[id(self)] = branch
+        return branch
+
+    def _with_biases_of_rows(self, y: Tensor, names: Sequence[str], groups: RowGroups) -> Tensor:
+        for name in names:
+            bias = self.entry("lora_B", name).bias
+            if bias is not None:
+                rows = groups.rows(name, y)
+                y = y.index_add(0, rows, (bias * self.scaling[name]).to(y.dtype).expand(y[rows].shape))
+        return y
 
     def _with_biases(self, y: Tensor, names: Sequence[str]) -> Tensor:
         for name in names:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ferrolora.errors import ShapeError
+from ferrolora.ops.linear import LowRank
 
 BASE = "__base__"  # the name that stands for no adapter
 
@@ -25,11 +26,21 @@ class RowGroups:
             name: torch.tensor([row for row, other in enumerate(names) if other == name])
             for name in dict.fromkeys(names)
         }
+        # Of each layer, by its id, while nothing is trained: generation calls a layer once a token.
+        self.stacked: dict[int, LowRank] = {}
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of `x` (its first dimension) that use adapter `name`, as indices.
 
-        `x` may hold several consecutive rows for each of the batch (tokens flattened into rows, beams).
+        Raises:
+            ShapeError: as `rows_each`.
+        """
+        each = self.rows_each(x)
+        indices = self.groups[name].to(x.device)
+        return (indices[:, None] * each + torch.arange(each, device=x.device)).flatten()
+
+    def rows_each(self, x: Tensor) -> int:
+        """How many consecutive rows `x` has for each of the batch: several where tokens or beams are rows.
 
         Raises:
             ShapeError: the first dimension is no multiple of the batch.
@@ -39,9 +50,7 @@ class RowGroups:
                 f"adapter_names has {self.size} entries, but a layer was called with {x.shape[0]} rows; "
                 "a module that mixes the rows of a batch cannot use a different adapter for each"
             )
-        each = x.shape[0] // self.size
-        indices = self.groups[name].to(x.device)
-        return (indices[:, None] * each + torch.arange(each, device=x.device)).flatten()
+        return x.shape[0] // self.size
 
 
 class ByName(Protocol):

@@ -1,5 +1,7 @@
 """What every operator asks of its inputs before a kernel runs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,3 +52,15 @@ def require_low_rank(op: str, n: int, k: int, lora_a: Tensor, lora_b: Tensor) ->
     require_float(op, "A", lora_a.dtype)
     if lora_b.dtype != lora_a.dtype:
         raise UnsupportedError(f"{op}: A and B must have one type, not {lora_a.dtype} and {lora_b.dtype}")
+
+
+def require_row_ranks(x: Tensor, row_ranks: Sequence[int], rank: int) -> None:
+    """Raise ShapeError unless there are as many pairs (start, end), within the rank, as divide the rows of x."""
+    count = len(row_ranks) // 2
+    rows = x[..., 0].numel() if x.shape[-1] else 0
+    within = all(0 <= start <= end <= rank for start, end in zip(row_ranks[::2], row_ranks[1::2], strict=False))
+    if len(row_ranks) % 2 or not within or (count and rows % count):
+        raise ShapeError(
+            f"linear_lora: row_ranks must be pairs (start, end) within the rank {rank}, as many as divide the {rows} "
+            f"rows of x, not {list(row_ranks)}"
+        )

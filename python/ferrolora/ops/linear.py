@@ -1,5 +1,7 @@
 """`linear`: y = x·deq(W)ᵀ + bias, with a low-rank branch fused in when one is given."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -19,12 +21,16 @@ class LowRank(NamedTuple):
         scaling: factor of the branch (alpha / r in LoRA).
         dropout_p: probability that an element of x is dropped for this branch; kept ones are multiplied by
             1 / (1 - p). At least 0, below 1. Default 0.0: no dropout.
+        row_ranks: for a batch whose rows have different adapters: A and B are those of all adapters stacked, and each
+            pair (start, end) names the ranks that the next rows of x use, all pairs for equally many rows; (0, 0) is
+            no adapter. On the CPU, A and B must then be finite. Default (): every row uses all ranks.
     """
 
     A: Tensor
     B: Tensor
     scaling: float
     dropout_p: float = 0.0
+    row_ranks: Sequence[tuple[int, int]] = ()
 
 
 def linear(x: Tensor, qt: QuantTensor, bias: Tensor | None = None, lora: LowRank | None = None) -> Tensor:
@@ -82,8 +88,9 @@ def linear_packed(
     if lora is None:
         y: Tensor = torch.ops.ferrolora.linear(x, *weight, bias)
         return y
-    a, b, scaling, dropout_p = lora
+    a, b, scaling, dropout_p, row_ranks = lora
     require_device("linear", x, (quant_type, block_size), A=a, B=b)
     seed = dropout_seed(x.device) if dropout_p > 0.0 else None
-    y, _ = torch.ops.ferrolora.linear_lora(x, *weight, bias, a, b, scaling, dropout_p, seed)
+    branch = (a, b, scaling, dropout_p, seed, list(chain(*row_ranks)))
+    y, _ = torch.ops.ferrolora.linear_lora(x, *weight, bias, *branch)
     return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,15 @@ def low_rank_input(x: Tensor, weight: Weight, branch: Branch, s: Tensor) -> None
     launch = _branch_launch("lora_input", x, weight, branch)
     assert launch is not None  # no library function stands for it
     run(launch, x.get_device(), {"x": ready(x), "a": ready(branch.a), "seed": branch.seed, "s": s})
+
+
+def clear_others(low: Tensor, row_ranks: Sequence[tuple[int, int]]) -> None:
+    """Zero S or dS `[m, r]` but at the ranks (start, end) of each row: a pair for every m / len(row_ranks) rows."""
+    if row_ranks:
+        starts, ends = torch.tensor(row_ranks, device=low.device).unbind(1)
+        rank = torch.arange(low.shape[1], device=low.device)
+        others = (rank < starts[:, None]) | (rank >= ends[:, None])
+        low.view(len(row_ranks), -1, low.shape[1]).masked_fill_(others[:, None], 0.0)
 
 
 def input_gradient(dy: Tensor, weight: Weight, branch: Branch | None, ds: Tensor | None, dx: Tensor) -> None:

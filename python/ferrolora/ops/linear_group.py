@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ferrolora import _native
 from ferrolora.cuda.launch import ready
-from ferrolora.errors import ShapeError
+from ferrolora.errors import ShapeError, UnsupportedError
 from ferrolora.ops import linear_cuda
 from ferrolora.ops.checks import FLOAT_TYPES, require_device, require_linear, require_low_rank
 from ferrolora.ops.library import define, differentiate
@@ -94,7 +94,9 @@ def linear_group_packed(x: Tensor, members: Sequence[Packed]) -> list[Tensor]:
     branches = [member.lora or _no_branch(x, member.n, member.k) for member in members]
     seeds = [dropout_seed(x.device) if b.dropout_p > 0.0 else None for b in branches]
     codes, absmax, nested, offset, quant_type, block_size, n, k, bias, _ = zip(*members, strict=True)
-    a, b, scaling, dropout_p = zip(*branches, strict=True)
+    a, b, scaling, dropout_p, row_ranks = zip(*branches, strict=True)
+    if any(row_ranks):
+        raise UnsupportedError("linear_group: a branch has row_ranks; call linear once for each sibling")
     if len(set(k)) > 1:
         raise ShapeError(f"linear_group: the weights have {', '.join(map(str, k))} columns, but they share x")
     y: list[Tensor]

@@ -70,6 +70,16 @@ pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Resu
     if got == expected { Ok(()) } else { Err(Error::Length { what, expected, got }) }
 }
 
+/// Fails with [`Error::Range`] at the first value that is NaN or infinite.
+pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<()> {
+    // Without a way out of the loop it is one of vectors.
+    if values.iter().fold(true, |all, value| all & value.is_finite()) {
+        return Ok(());
+    }
+    let at = values.iter().position(|value| !value.is_finite()).expect("one was found");
+    Err(Error::Range { what, expected: "finite", got: format!("{} at index {at}", values[at]) })
+}
+
 /// Fails with [`Error::Length`] unless `got == rows · cols`. A product beyond `usize` fits no buffer.
 pub(crate) fn check_matrix(what: &'static str, (rows, cols): (usize, usize), got: usize) -> Result<()> {
     check_len(what, rows.saturating_mul(cols), got)

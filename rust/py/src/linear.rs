@@ -2,7 +2,7 @@
 
 use ferrolora_core::dtype::{Floats, FloatsMut};
 use ferrolora_core::linear::dropout::dropout_mask as core_dropout_mask;
-use ferrolora_core::linear::{self as core, Dropout, Gradients, LoraGradients, LowRank};
+use ferrolora_core::linear::{self as core, Dropout, Gradients, LoraGradients, LowRank, RowRanks};
 use ferrolora_core::{Exec, Result};
 use pyo3::prelude::*;
 
@@ -20,6 +20,17 @@ fn rows(numel: usize, cols: usize) -> usize {
 /// Rank of `lora_a [r, K]` and `lora_b [N, r]`, whichever side has elements.
 pub fn rank(lora_a: &Floats<'_>, lora_b: &Floats<'_>, n: usize, k: usize) -> usize {
     lora_a.len().checked_div(k).unwrap_or_else(|| rows(lora_b.len(), n))
+}
+
+/// The branch of which each `m / row_ranks.len()` rows after one another use the ranks `start..end` of one pair of
+/// `row_ranks`; all rows use all of it if there are none.
+fn of_rows(lora: LowRank<'_>, row_ranks: Vec<(usize, usize)>, m: usize) -> Result<LowRank<'_>> {
+    if row_ranks.is_empty() {
+        return Ok(lora);
+    }
+    let spans = row_ranks.into_iter().map(|(start, end)| start..end).collect();
+    let row_ranks = RowRanks::new(spans, m, lora.rank())?;
+    lora.of_rows(row_ranks)
 }
 
 /// Writes `y = x·deq(W)ᵀ + bias`.
@@ -50,7 +61,7 @@ fn linear<'py>(
     detached(py, || core::forward(&Exec::new(threads)?, m, x, &weight.weight()?, bias, None, y, None))
 }
 
-/// Writes `S = drop(x)·Aᵀ` and `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`.
+/// Writes `S = drop(x)·Aᵀ` and `y = x·deq(W)ᵀ + bias + scaling·S·Bᵀ`; `row_ranks` as [`of_rows`] says.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn linear_lora<'py>(
@@ -70,6 +81,7 @@ fn linear_lora<'py>(
     scaling: f32,
     dropout_p: f32,
     seed: i64,
+    row_ranks: Vec<(usize, usize)>,
     y: Tensor<'py>,
     s: Tensor<'py>,
     threads: usize,
@@ -86,6 +98,7 @@ fn linear_lora<'py>(
     detached(py, || {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
+        let lora = of_rows(lora, row_ranks, m)?;
         core::forward(&Exec::new(threads)?, m, x, &weight.weight()?, bias, Some(&lora), y, Some(s))
     })
 }
@@ -138,6 +151,7 @@ fn linear_lora_backward<'py>(
     scaling: f32,
     dropout_p: f32,
     seed: i64,
+    row_ranks: Vec<(usize, usize)>,
     dx: Option<Tensor<'py>>,
     da: Option<Tensor<'py>>,
     db: Option<Tensor<'py>>,
@@ -164,6 +178,7 @@ fn linear_lora_backward<'py>(
     detached(py, || {
         let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
         let lora = LowRank::new((lora_a, lora_b), rank(&lora_a, &lora_b, n, k), (n, k), scaling, dropout)?;
+        let lora = of_rows(lora, row_ranks, m)?;
         let branch = LoraGradients { lora: &lora, x, s, da, db };
         core::backward(&Exec::new(threads)?, m, dy, &weight.weight()?, Gradients { dx, lora: Some(branch) })
     })

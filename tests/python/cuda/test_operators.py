@@ -149,6 +149,27 @@ def test_a_linear_with_a_branch_is_its_formula(
         assert_close(grad, formula, dy, x, s, w, a, b, mask, depth=depth + n, rounded=dtype)
 
 
+@pytest.mark.parametrize(SHAPE, ROUTES)
+def test_rows_use_their_own_ranks(
+    emulate: Emulate, sm: int, fused_rows: int | None, dtype: torch.dtype, m: int, n: int, k: int, quant_type: str
+) -> None:
+    emulate(sm, fused_rows)
+    qt, x, dy = weight(n, k, quant_type), torch.randn(2 * m, k).to(dtype), torch.randn(2 * m, n).to(dtype)
+    w, a, b = qt.dequantize(torch.float32), torch.randn(4, k), torch.randn(n, 4)
+    problem, lora, row_ranks = (*parts(qt), n, k), (a, b, 0.5, 0.0, None), [1, 4, 0, 1]
+    own = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0]]).repeat_interleave(m, 0)
+    y, s = linear_lora._cuda(x, *problem, None, *lora, row_ranks)
+    formula = lambda x, w, a, b, own: x @ w.T + 0.5 * ((x @ a.T) * own) @ b.T  # noqa: E731
+    assert_close(y, formula, x, w, a, b, own, depth=k, rounded=dtype)
+    assert bool((s[own == 0] == 0).all())
+    dx, da, db = linear_lora._cuda_backward(dy, x, s, *problem, *lora, [True] * 3, row_ranks)
+    ds = lambda dy, b, own: 0.5 * (dy @ b) * own  # noqa: E731
+    input_gradient = lambda dy, w, a, b, own: dy @ w + ds(dy, b, own) @ a  # noqa: E731
+    assert_close(dx, input_gradient, dy, w, a, b, own, depth=n, rounded=dtype)
+    assert_close(da, lambda dy, x, b, own: ds(dy, b, own).T @ x, dy, x, b, own, depth=2 * m + n, rounded=dtype)
+    assert_close(db, lambda dy, s: 0.5 * dy.T @ s, dy, s, depth=2 * m, rounded=dtype)
+
+
 EXACT = [route for route in ROUTES if "library" not in str(route.id)]
 
 

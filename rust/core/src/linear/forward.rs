@@ -57,7 +57,7 @@ impl Sibling<'_> {
             check_len("bias", self.weight.out_features(), bias.len())?;
         }
         if let Some(lora) = self.lora {
-            lora.check(self.weight)?;
+            lora.check(rows, self.weight)?;
         }
         match &self.s {
             Some(s) => check_matrix("s", (rows, self.lora.map_or(0, LowRank::rank)), s.len()),

@@ -78,11 +78,19 @@ impl<E: Element> Op for Chunk<'_, E> {
                                     #[inline(always)]
                                     |panels| {
                                         pack(isa, self.threads, &dropped, self.rows, panels);
-                                        low_rank_input(isa, self.threads, lora, self.rows, k, panels, s_panels);
+                                        low_rank_input(
+                                            isa,
+                                            self.threads,
+                                            lora,
+                                            (self.first, self.rows),
+                                            k,
+                                            panels,
+                                            s_panels,
+                                        );
                                     },
                                 );
                             } else {
-                                low_rank_input(isa, self.threads, lora, self.rows, k, x_panels, s_panels);
+                                low_rank_input(isa, self.threads, lora, (self.first, self.rows), k, x_panels, s_panels);
                             }
                             store_s(isa, s_panels, self.rows, rank, self.s);
                         }
@@ -121,7 +129,7 @@ fn low_rank_input<I: Isa>(
     isa: I,
     threads: usize,
     lora: &LowRank<'_>,
-    rows: usize,
+    (first_row, rows): (usize, usize),
     k: usize,
     x_panels: &[f32],
     s_panels: &mut [f32],
@@ -153,6 +161,13 @@ fn low_rank_input<I: Isa>(
                         }
                     },
                 );
+                if let Some(row_ranks) = &lora.row_ranks {
+                    row_ranks.clear_others_across(
+                        (first_row + first, rows - first),
+                        width,
+                        &mut out[..lora.rank * width],
+                    );
+                }
             },
         );
     });

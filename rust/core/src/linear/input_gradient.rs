@@ -118,6 +118,9 @@ impl Chunk {
                     if let Some(lora) = part.lora {
                         let n = part.weight.out_features();
                         low_rank_output(isa, self.threads, lora, (n, block), dy_slivers, part.ds);
+                        if let Some(row_ranks) = &lora.row_ranks {
+                            row_ranks.clear_others(self.first, lora.rank, part.ds);
+                        }
                     }
                     ready.push(Ready { weight: part.weight, lora: part.lora, dy_slivers, ds: part.ds });
                 }

@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 
+use super::row_ranks::RowRanks;
 use super::weight::Weight;
 use crate::dtype::Floats;
-use crate::error::check_matrix;
+use crate::error::{check_finite, check_matrix};
 use crate::{Error, Result};
 
 /// Dropout of the branch's input: element kept with probability `1 - p` and divided by `1 - p`.
@@ -55,6 +56,8 @@ pub struct LowRank<'a> {
     pub(super) rank: usize,
     pub(super) scaling: f32,
     pub(super) dropout: Option<Dropout>,
+    /// None: every row uses all ranks.
+    pub(super) row_ranks: Option<RowRanks>,
 }
 
 impl<'a> LowRank<'a> {
@@ -71,7 +74,17 @@ impl<'a> LowRank<'a> {
     ) -> Result<Self> {
         check_matrix("lora_A", (rank, in_features), a.len())?;
         check_matrix("lora_B", (out_features, rank), b.len())?;
-        Ok(Self { a: a.widened(), b: b.widened(), rank, scaling, dropout: dropout.active() })
+        Ok(Self { a: a.widened(), b: b.widened(), rank, scaling, dropout: dropout.active(), row_ranks: None })
+    }
+
+    /// The branch of which each row uses its own ranks.
+    ///
+    /// # Errors
+    /// [`Error::Range`] if A or B holds a value that is not finite: times zero it would reach the rows of others.
+    pub fn of_rows(self, row_ranks: RowRanks) -> Result<Self> {
+        check_finite("lora_A of an adapter in a mixed batch", &self.a)?;
+        check_finite("lora_B of an adapter in a mixed batch", &self.b)?;
+        Ok(Self { row_ranks: Some(row_ranks), ..self })
     }
 
     /// r
@@ -80,9 +93,10 @@ impl<'a> LowRank<'a> {
         self.rank
     }
 
-    /// Whether the operands fit the weight.
-    pub(super) fn check(&self, weight: &Weight<'_>) -> Result<()> {
+    /// Whether the operands fit the weight and as many rows.
+    pub(super) fn check(&self, rows: usize, weight: &Weight<'_>) -> Result<()> {
         check_matrix("lora_A", (self.rank, weight.in_features()), self.a.len())?;
-        check_matrix("lora_B", (weight.out_features(), self.rank), self.b.len())
+        check_matrix("lora_B", (weight.out_features(), self.rank), self.b.len())?;
+        self.row_ranks.as_ref().map_or(Ok(()), |row_ranks| row_ranks.check(rows))
     }
 }

@@ -28,7 +28,7 @@ pub struct LoraGradients<'a> {
 impl<'a> LoraGradients<'a> {
     /// Whether everything fits the weight and `rows`.
     pub(super) fn check(&self, rows: usize, weight: &Weight<'_>) -> Result<()> {
-        self.lora.check(weight)?;
+        self.lora.check(rows, weight)?;
         if let Some(da) = &self.da {
             check_len("da", self.lora.a.len(), da.len())?;
             check_matrix("x", (rows, weight.in_features()), self.x.map_or(0, |x| x.len()))?;

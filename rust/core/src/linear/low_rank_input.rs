@@ -32,7 +32,8 @@ pub(super) fn low_rank_input<I: Isa, E: Element>(
                     #[inline(always)]
                     |line| {
                         source.read(isa, row, 0, line);
-                        dots(isa, line, &lora.a, out);
+                        let own = lora.row_ranks.as_ref().map_or(0..lora.rank, |row_ranks| row_ranks.of(row));
+                        dots(isa, line, &lora.a[own.start * k..own.end * k], &mut out[own]);
                     },
                 );
             },

@@ -22,6 +22,7 @@
 //! | `reduce` | products that sum over rows |
 //! | `row_scales` | the scales of one row, for few rows |
 //! | `lora` | the low-rank branch's operands |
+//! | `row_ranks` | which of stacked branches each row uses |
 //! | `dropout` | the counter-based mask |
 //! | `scratch` | buffers that threads keep between calls |
 
@@ -39,6 +40,7 @@ mod low_rank_input;
 mod low_rank_output;
 mod panel;
 mod reduce;
+mod row_ranks;
 mod row_scales;
 mod scratch;
 mod tile;
@@ -48,6 +50,7 @@ pub use backward::{Gradients, OutputGradient, backward, backward_group};
 pub use forward::{Sibling, forward, forward_group};
 pub use lora::{Dropout, LowRank};
 pub use low_rank_gradients::LoraGradients;
+pub use row_ranks::RowRanks;
 pub use weight::Weight;
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use case::{Case, Codec, NF4, Shape, Typed};
 pub(super) mod case;
 mod few_rows;
 mod group;
+mod row_ranks;
 
 /// Runs on every instruction set, checks one and asserts that all give its bits.
 fn check<E: Typed>(shape: Shape, codec: Codec, dropout_p: f32) {

@@ -142,7 +142,13 @@ impl Chunk {
                     let (dy_slivers, ds_slivers) = slivers.split_at_mut(part.blocks().0 * block);
                     self.pack_dy(dots.base(), &part.dy, dy_slivers);
                     if let Some(lora) = part.lora {
-                        let output = LowRankOutput { threads: self.threads, lora, block, b_panels: part.b_panels };
+                        let output = LowRankOutput {
+                            threads: self.threads,
+                            first: self.first,
+                            lora,
+                            block,
+                            b_panels: part.b_panels,
+                        };
                         output.compute(dots, dy_slivers, part.ds, ds_slivers);
                     }
                     ready.push(Ready { weight: part.weight, lora: part.lora, dy_slivers, ds_slivers });

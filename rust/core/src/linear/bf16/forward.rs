@@ -241,6 +241,9 @@ impl Chunk<'_> {
                 for (a, b) in high.iter_mut().zip(&*low) {
                     *a = (*a + b) * keep;
                 }
+                if let Some(row_ranks) = &lora.row_ranks {
+                    row_ranks.clear_others_across((self.x.first_row + first, self.rows - first), width, high);
+                }
                 panel.fill(bf16::ZERO);
                 let (once, again) = panel.split_at_mut(2 * rank * width);
                 for (values, out) in high.chunks(width).zip(once.chunks_mut(2 * width)) {

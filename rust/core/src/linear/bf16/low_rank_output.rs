@@ -38,6 +38,8 @@ pub(super) fn pack_b<I: Isa>(isa: I, threads: usize, lora: &LowRank<'_>, n: usiz
 /// The product for a chunk of rows.
 pub(super) struct LowRankOutput<'a> {
     pub(super) threads: usize,
+    /// The number of the chunk's first row.
+    pub(super) first: usize,
     pub(super) lora: &'a LowRank<'a>,
     /// Elements of one block of depth in slivers.
     pub(super) block: usize,
@@ -62,6 +64,9 @@ impl LowRankOutput<'_> {
                         #[inline(always)]
                         || self.sliver(dots, &dy_slivers[i * SLIVER..], ds),
                     );
+                    if let Some(row_ranks) = &self.lora.row_ranks {
+                        row_ranks.clear_others(self.first + i * SIDE, rank, ds);
+                    }
                     pack_ds(dots.base(), rank, ds, slivers);
                 },
             );

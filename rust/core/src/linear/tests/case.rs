@@ -5,7 +5,7 @@ use crate::codec::int8;
 use crate::codec::spec::{Packed, QuantSpec, QuantType, Scales};
 use crate::dtype::{Element, Floats, FloatsMut, bf16, f16};
 use crate::linear::dropout::dropout_mask;
-use crate::linear::{Dropout, Gradients, LoraGradients, LowRank, Weight, backward, forward};
+use crate::linear::{Dropout, Gradients, LoraGradients, LowRank, RowRanks, Weight, backward, forward};
 use crate::reference::{self, Matrix};
 use crate::simd::IsaKind;
 
@@ -108,6 +108,10 @@ impl Stored {
         Some(Packed::new(&self.codes, scales, spec, numel).expect("fits"))
     }
 
+    pub(in crate::linear) fn codec(&self) -> Codec {
+        self.codec
+    }
+
     pub(in crate::linear) fn weight(&self, n: usize, k: usize) -> Weight<'_> {
         match self.packed(n * k) {
             Some(packed) => Weight::four_bit(packed, n, k).expect("fits"),
@@ -136,6 +140,7 @@ pub(in crate::linear) struct Case<E> {
     pub(in crate::linear) bias: Vec<f32>,
     pub(in crate::linear) scaling: f32,
     pub(in crate::linear) dropout: Dropout,
+    pub(in crate::linear) row_ranks: Option<RowRanks>,
 }
 
 struct Expected {
@@ -182,13 +187,20 @@ impl<E: Typed> Case<E> {
             bias: values(n, 17),
             scaling: 0.75,
             dropout: Dropout::new(dropout_p, 99).expect("valid"),
+            row_ranks: None,
         }
     }
 
     pub(in crate::linear) fn lora(&self) -> Option<LowRank<'_>> {
         let Shape { n, k, r, .. } = self.shape;
         let operands = (Floats::F32(&self.a), Floats::F32(&self.b));
-        (r > 0).then(|| LowRank::new(operands, r, (n, k), self.scaling, self.dropout).expect("fits"))
+        (r > 0).then(|| {
+            let lora = LowRank::new(operands, r, (n, k), self.scaling, self.dropout).expect("fits");
+            match &self.row_ranks {
+                Some(row_ranks) => lora.of_rows(row_ranks.clone()).expect("finite"),
+                None => lora,
+            }
+        })
     }
 
     /// From here on, float64 multiplies with the weight that kernels on bfloat16 multiply with.
