@@ -15,7 +15,7 @@ _DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of the original, unquantized model.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of the model, best the unquantized one.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of the adapter.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
@@ -28,8 +28,9 @@ def command(
 ) -> None:
     """Put an adapter into the weights of a model.
 
-    Memory is one layer and the adapter. With --quant the merged weights are rounded once, from the original ones; the
-    share of the adapter that survived is printed for every layer.
+    Memory is one layer and the adapter. A quantized model is decoded: the result is the float model that training
+    saw. With --quant the merged weights are rounded, and the share of the adapter that survived is printed for every
+    layer; from an unquantized model that is most of it.
     """
     check_choice("--dtype", dtype, _DTYPES)
     check_choice("--quant", quant, ("none", *QUANT_TYPES))

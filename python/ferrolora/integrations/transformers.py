@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ferrolora.errors import FormatError, UnsupportedError
 from ferrolora.io.bitsandbytes import LABEL, spec_of_label
+from ferrolora.model.conv1d import conv1d_paths, restore_conv1d
 from ferrolora.nn import QuantLinear
 from ferrolora.spec import QuantSpec
 
@@ -190,6 +191,7 @@ class FerroloraQuantizer(HfQuantizer):
         return None if readers else super().get_new_dtype(converter, param, dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from_conv1d = conv1d_paths(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 with torch.device("meta"):
@@ -197,6 +199,7 @@ class FerroloraQuantizer(HfQuantizer):
                 plain.weight = nn.Parameter(module.dequantize(dtype))
                 plain.bias = module.bias
                 model.set_submodule(name, plain)
+        restore_conv1d(model, from_conv1d)
         return model
 
     def is_serializable(self) -> bool:

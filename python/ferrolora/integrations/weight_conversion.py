@@ -87,6 +87,7 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 
 def _install(model: nn.Module, name: str, layer: QuantLinear, config: FerroloraConfig) -> None:
+    layer.conv1d = isinstance(model.get_submodule(name), Conv1D)
     if config.compute_dtype is not None:
         layer.compute_dtype = FLOAT_TYPES[config.compute_dtype]
     model.set_submodule(name, layer.train(model.training))

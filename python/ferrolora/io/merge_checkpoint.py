@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import ModuleConfig, PeftConfig
+from ferrolora.adapters.lora import is_transposed_linear
 from ferrolora.adapters.registry import method_of
 from ferrolora.errors import FormatError, UnsupportedError
 from ferrolora.io.adapter import read_config, read_tensors
@@ -26,6 +27,7 @@ from ferrolora.io.checkpoint import (
     write_index,
     write_json,
 )
+from ferrolora.io.decoded_checkpoint import DecodedCheckpoint
 from ferrolora.io.quantize_checkpoint import quantized_layout
 from ferrolora.io.shard import TensorInfo
 from ferrolora.model.targets import find_targets, saved_modules
@@ -90,7 +92,8 @@ def merge_checkpoint(
     """Writes the model in `source` with the adapter in `adapter` in its weights. Memory is one layer and the adapter.
 
     Args:
-        source: directory with `config.json` and float safetensors shards.
+        source: directory with `config.json` and safetensors shards; quantized ones are decoded first, and the result
+            is the float model that training saw.
         adapter: directory of an adapter that changes modules (no virtual tokens).
         destination: directory to write; made if missing. `config.json` comes last.
         plan: the model, and what the result is to be.
@@ -98,16 +101,12 @@ def merge_checkpoint(
         progress: called after every tensor.
 
     Raises:
-        FormatError: a file that is missing, does not fit, or is quantized already; a destination that is not free.
+        FormatError: a file that is missing or does not fit; a destination that is not free.
         UnsupportedError: an adapter that has no place in weights; or less of it survives than `min_retained`. Then
             the destination holds no `config.json`.
     """
-    checkpoint, config = Checkpoint(source), read_json(source / CONFIG_NAME)
-    if "quantization_config" in config:
-        raise FormatError(
-            f"{source}: is quantized already, and rounding again would lose the adapter; give the original model, "
-            "or merge in memory with merge_and_unload()"
-        )
+    config = read_json(source / CONFIG_NAME)
+    checkpoint = _decoded(source, config, plan) if config.pop("quantization_config", None) else Checkpoint(source)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())) and not overwrite:
         raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
     job = _Merge(plan, adapter)
@@ -129,6 +128,17 @@ def merge_checkpoint(
     kind = {} if plan.dtype is None else {"dtype": str(plan.dtype).removeprefix("torch.")}
     write_json(destination / CONFIG_NAME, {**config, **kind, **extra})
     return job.summary
+
+
+def _decoded(source: Path, config: Mapping[str, Any], plan: MergePlan) -> Checkpoint:
+    """A quantized checkpoint as the float one that it stands for."""
+    transposed = {
+        name
+        for name, in_model in plan.names.items()
+        if in_model.endswith(".weight") and is_transposed_linear(plan.model.get_submodule(in_model[: -len(".weight")]))
+    }
+    kind = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return DecodedCheckpoint(source, transposed, getattr(torch, kind))
 
 
 class _Merge:
@@ -171,7 +181,7 @@ class _Merge:
                     for key, part in self._quantized(name, before, after).items():
                         writer.write(key, part)
                 else:
-                    writer.write(name, after.to(self._dtype(before.dtype)))
+                    writer.write(name, after.to(layout[name].dtype))
                 self.read += checkpoint.tensors[name].nbytes
                 if progress is not None:
                     progress(name, self.read, checkpoint.nbytes)

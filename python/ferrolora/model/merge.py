@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ferrolora.adapters.base import AdapterLayer, dense_linear, sixteen_bit
+from ferrolora.model.conv1d import conv1d_paths, restore_conv1d
 from ferrolora.model.inject import replace_module, wrappers
 from ferrolora.model.reversible import remove_stacks
 
@@ -25,7 +26,7 @@ def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype 
     Returns:
         `model`, without adapters and without packed weights.
     """
-    packed = packed_linears(model)
+    packed, from_conv1d = packed_linears(model), conv1d_paths(model)
     result_dtype = dtype or (sixteen_bit(packed[0]) if packed else None)
     for _, layer in list(wrappers(model)):
         if isinstance(layer, AdapterLayer):
@@ -36,6 +37,7 @@ def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype 
     for module in packed_linears(model):
         assert result_dtype is not None
         replace_module(model, module, dense_linear(module, result_dtype))
+    restore_conv1d(model, from_conv1d)
     if packed:
         _forget_quantization(model)
     _note_untied_weights(model)

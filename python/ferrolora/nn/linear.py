@@ -29,10 +29,15 @@ class QuantLinear(nn.Linear):
         device: of the tensors; "meta" allocates nothing. Default None: torch's default device.
         dtype: of the bias, and of what `dequantize()` returns. Default None: torch's default type.
 
+    Attributes:
+        conv1d: whether it stands for a transformers `Conv1D`, whose float weight is `[K, N]`: merging and dequantizing
+            a model then put one back. Default False.
+
     The tensors are not initialised: use `from_linear`, `from_quant_tensor` or `load_state_dict`.
     The weight is a frozen parameter of packed codes; its scales are buffers, whose type never follows `.to(dtype)`.
     """
 
+    conv1d: bool = False
     weight_absmax: Tensor
     weight_nested_absmax: Tensor | None
     weight_offset: Tensor | None
@@ -116,7 +121,7 @@ class QuantLinear(nn.Linear):
         """A layer like this one over another float weight `[N, K]`, quantized the same way; the bias is shared."""
         qt = quantize(weight.detach().to(self.weight.device).contiguous(), self.spec)
         layer = type(self).from_quant_tensor(qt, self.bias)
-        layer.compute_dtype = self.compute_dtype
+        layer.compute_dtype, layer.conv1d = self.compute_dtype, self.conv1d
         return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

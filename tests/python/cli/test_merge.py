@@ -66,6 +66,49 @@ def test_quantized_from_the_original_weights_most_of_the_adapter_survives(
     assert merged.config.quantization_config is not None
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("base", [models.llama, models.gpt2])
+def test_a_quantized_model_becomes_the_float_model_that_training_saw(base: Any, quant: str, tmp_path: Path) -> None:
+    folders.save(base(), tmp_path / "float")
+    assert run(["quantize", str(tmp_path / "float"), str(tmp_path / "base"), "--quant", quant]) == 0
+    config = fl.LoraConfig(target_modules="all-linear", r=4)
+    model = fl.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    perturb(model, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not hasattr(merged.config, "quantization_config")
+    # float32 sums of at most 128 products in another order, in two layers
+    torch.testing.assert_close(models.logits(merged), models.logits(model.eval()), atol=5e-6, rtol=0)
+    in_memory = model.merge_and_unload(dtype=torch.float32).state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, in_memory[name]), name
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_gpt2_in_float_again_has_conv1d_again(merged: bool, tmp_path: Path) -> None:
+    base = folders.save(models.gpt2(), tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=fl.FerroloraConfig())
+    adapted = fl.get_peft_model(model, fl.LoraConfig(target_modules=["c_attn"]))
+    perturb(adapted)
+    result: Any = adapted.merge_and_unload(dtype=torch.float32) if merged else adapted.unload().dequantize()
+    result.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # c_proj is square: transposed it would load too
+    assert type(result.transformer.h[0].attn.c_proj) is type(again.transformer.h[0].attn.c_proj)
+    assert torch.equal(models.logits(again), models.logits(result))
+
+
+def test_a_quantized_model_keeps_the_type_it_had(tmp_path: Path) -> None:
+    folders.save(models.llama().to(torch.bfloat16), tmp_path / "float")
+    assert run(["quantize", str(tmp_path / "float"), str(tmp_path / "base")]) == 0
+    model = fl.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CASES["LoRA"].ours())
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merge(tmp_path, "--quant", "nf4", "--overwrite") == 0, "an adapter of zeros loses nothing"
+
+
 def test_quantized_from_weights_on_the_grid_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = models.llama()
     with torch.no_grad():
