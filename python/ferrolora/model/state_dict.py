@@ -12,7 +12,7 @@ from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import PeftConfig
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.prompt_base import PromptEncoder
-from ferrolora.errors import ShapeError, TargetError
+from ferrolora.errors import ShapeError, TargetError, UnsupportedError
 from ferrolora.model.inject import bias_choice, bias_parameters, wrappers
 
 
@@ -97,6 +97,7 @@ def get_peft_model_state_dict(
 
     Raises:
         TargetError: the model has no such adapter.
+        UnsupportedError: a tensor is divided over processes.
     """
     config = _config(model, adapter_name)
     keys = adapter_keys(model, adapter_name, config)
@@ -106,7 +107,9 @@ def get_peft_model_state_dict(
         keys.update(embedding_keys(model))
     tensors = tensors_by_name(model) if state_dict is None else state_dict
     found = _to_file(model, adapter_name, config, {key: tensors[place].detach() for key, place in keys.items()})
-    return found | (prompt_encoder(model, adapter_name).to_file() if config.is_prompt_learning else {})
+    found |= prompt_encoder(model, adapter_name).to_file() if config.is_prompt_learning else {}
+    _refuse_parts(found)
+    return found
 
 
 @torch.no_grad()
@@ -160,6 +163,16 @@ def prompt_encoder(model: nn.Module, name: str) -> PromptEncoder:
     encoder = model.get_submodule(f"prompt_encoder.{name}")
     assert isinstance(encoder, PromptEncoder)
     return encoder
+
+
+def _refuse_parts(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UnsupportedError for what FSDP2 (a DTensor) or ZeRO-3 (an empty stand-in) has left a part of."""
+    for key, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor") or tuple(tensor.shape) == (0,):
+            raise UnsupportedError(
+                f"{key} is divided over processes; call ferrolora.integrations.sharding.adapter_state_dict(model) in "
+                "every one of them, and give the result to save_pretrained as state_dict"
+            )
 
 
 def _to_file(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""accelerate: two processes train what one does on the joint batch; weights that wait on the CPU come when needed."""
+"""accelerate: processes train what one does on the joint batch; weights that wait on the CPU come when needed."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,35 +8,80 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 import ferrolora as fl
-from tiny.models import llama, logits
+from tiny import processes
+from tiny.models import llama, logits, token_ids
+from tiny.traffic import Traffic
+from tiny.training import assert_trained_alike, losses
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples/ddp.py"
 
 
-def run(processes: int, model: Path, output: Path) -> list[float]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, EXAMPLES / "ddp.py", model, output]
-    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss ")]
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_two_processes_train_the_adapter_of_one_on_the_joint_batch(quant_type: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "float")
+    printed = {}
+    for ranks in (1, 2):
+        arguments = [tmp_path / "float", tmp_path / str(ranks), "--quant-type", quant_type]
+        printed[ranks] = processes.run(EXAMPLE, arguments, tmp_path / "output", ranks)[0]
+    assert_trained_alike(losses(printed[2]), losses(printed[1]), tmp_path / "2", tmp_path / "1")
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one_on_the_joint_batch(tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes_trains_as_one_process_does(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "float")
-    alone = run(1, tmp_path / "float", tmp_path / "one")
-    together = run(2, tmp_path / "float", tmp_path / "two")
-    assert len(alone) == 4
-    assert alone[-1] < alone[0]
-    # The mean of two means of 14 float32 losses of order 4 is their mean up to a few roundings, carried over 4 steps.
-    assert together == pytest.approx(alone, abs=2e-5)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-4)
+    alone = processes.run(EXAMPLE, [tmp_path / "float", tmp_path / "one"], tmp_path / "output", 1)[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    command = [sys.executable, *launcher, *rendezvous, EXAMPLE, tmp_path / "float", tmp_path / "two"]
+    nodes = [
+        subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=100) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # torchrun takes its workers with it
+            node.wait()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    for printed, _ in outputs:
+        assert_trained_alike(losses(printed), losses(alone), tmp_path / "two", tmp_path / "one")
+
+
+def bytes_of_a_step(broadcast_buffers: bool) -> dict[tuple[str, torch.dtype], int]:
+    """In each process: what its second step under DDP sends."""
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = llama()
+    fl.quantize_model(model)
+    adapted = fl.get_peft_model(model, fl.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    parallel = DistributedDataParallel(adapted, broadcast_buffers=broadcast_buffers)
+    for _ in range(2):  # DDP makes its buckets anew after the first
+        with Traffic() as traffic:
+            parallel(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    torch.distributed.destroy_process_group()
+    return dict(traffic.bytes)
+
+
+def test_a_step_under_ddp_sends_the_adapters_gradients_and_by_default_the_buffers(tmp_path: Path) -> None:
+    model = llama()
+    fl.quantize_model(model)
+    shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, fl.nn.QuantLinear)]
+    gradients = sum(4 * 4 * (inputs + outputs) for inputs, outputs in shapes)
+    buffers: dict[tuple[str, torch.dtype], int] = {}
+    for buffer in model.buffers():
+        key = ("broadcast", buffer.dtype)
+        buffers[key] = buffers.get(key, 0) + buffer.nbytes
+    quiet = processes.call(__file__, "bytes_of_a_step", [False], tmp_path)
+    assert quiet == [{("allreduce", torch.float32): gradients}] * 2
+    default = processes.call(__file__, "bytes_of_a_step", [True], tmp_path)
+    assert default == [{("allreduce", torch.float32): gradients, **buffers}] * 2
 
 
 @pytest.mark.parametrize("scales", [False, True])
