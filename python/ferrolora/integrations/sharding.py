@@ -61,6 +61,7 @@ def shard(
 
     Source: PyTorch FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     chosen = list(_blocks(model) if blocks is None else blocks)
@@ -69,12 +70,14 @@ def shard(
     scalars = {p for p in model.parameters() if p.dim() == 0}
     buffers = sum(buffer.nbytes for buffer in model.buffers()) + sum(p.nbytes for p in scalars)
     total = sum(p.nbytes for p in model.parameters() if p not in scalars)
-    options: dict[str, Any] = {"mesh": mesh, "ignored_params": scalars}
+    if mesh is None:
+        mesh = init_device_mesh(next(model.parameters()).device.type, (torch.distributed.get_world_size(),))
+    options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": scalars} if scalars else {})  # torch 2.6 lacks it
     for block in chosen:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, **options)
     local: list[Any] = [p for p in model.parameters() if p not in scalars]
-    return Sharding(total, sum(p.to_local().nbytes for p in local), buffers, local[0].device_mesh.size())
+    return Sharding(total, sum(p.to_local().nbytes for p in local), buffers, mesh.size())
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from tiny.training import assert_trained_alike, losses
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
+# The first of these tests waits until the server of processes has imported everything.
+pytestmark = pytest.mark.timeout(240)
+
 
 def without_compiler() -> None:
     import deepspeed
