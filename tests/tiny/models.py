@@ -14,6 +14,10 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -51,6 +55,40 @@ def mistral() -> MistralForCausalLM:
             intermediate_size=48,
             vocab_size=VOCABULARY,
             sliding_window=16,
+        )
+    ).eval()
+
+
+def mixtral() -> MixtralForCausalLM:
+    """Two layers, width 32, two of four experts of width 40 a token; a checkpoint has its own names for the experts."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=40,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=VOCABULARY,
+        )
+    ).eval()
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    """Two layers, width 36, two of six experts of width 20 a token: rows are not whole blocks."""
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=48,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            vocab_size=VOCABULARY,
         )
     ).eval()
 

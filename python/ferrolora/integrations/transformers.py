@@ -3,6 +3,9 @@
 A linear layer becomes a `QuantLinear` when its weight arrives from the checkpoint, one tensor at a time. So the peak
 while loading is the quantized model and one tensor, a layer that the checkpoint does not know (a new head) is never
 quantized, and for a checkpoint that holds quantized weights the file alone decides what is quantized.
+
+The experts of a mixture become a `QuantExperts`. There one tensor is one projection of all experts of a layer, which
+transformers collects from the checkpoint's tensors of single experts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from ferrolora.errors import FormatError, UnsupportedError
 from ferrolora.io.bitsandbytes import LABEL, spec_of_label
 from ferrolora.model.conv1d import conv1d_paths, restore_conv1d
 from ferrolora.nn import QuantLinear
+from ferrolora.nn.expert_stack import HEADER, PARTS
+from ferrolora.nn.experts import PROJECTIONS, QuantExperts, check_layout, is_fused_experts
 from ferrolora.spec import QuantSpec
 
 METHOD = "ferrolora"
@@ -47,7 +52,7 @@ SERIALIZED_NAMES = [
 
 
 class FerroloraConfig(QuantizationConfigMixin):
-    """How `from_pretrained(path, quantization_config=…)` quantizes a model's linear layers.
+    """How `from_pretrained(path, quantization_config=…)` quantizes a model's linear layers and fused experts.
 
     The output head, task heads, routers, tied weights, and layers that the checkpoint does not hold stay as they are.
 
@@ -116,6 +121,8 @@ class FerroloraQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FerroloraConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._targets: frozenset[str] = frozenset()
+        self._experts: frozenset[str] = frozenset()
+        self._arrived: set[str] = set()
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         """Refuse devices that have no kernel."""
@@ -140,57 +147,74 @@ class FerroloraQuantizer(HfQuantizer):
         return 0.5 + scale / spec.block_size
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        self._targets = frozenset(quantizable_linears(model, self.quantization_config.skip_modules or ()))
-        if not self._targets:
+        skipped = self.quantization_config.skip_modules or ()
+        self._targets = frozenset(quantizable_linears(model, skipped))
+        self._experts = frozenset(quantizable_experts(model, skipped))
+        if not self._targets and not self._experts:
             raise UnsupportedError(
                 f"{type(model).__name__} has no linear layer to quantize "
                 f"(skip_modules={self.quantization_config.skip_modules})"
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **context: Any) -> bool:
-        """Whether this parameter is the float weight of a layer to quantize."""
+        """Whether this parameter is the float weight of a layer, or of experts, to quantize."""
         layer, _, parameter = param_name.rpartition(".")
-        return parameter == "weight" and layer in self._targets
+        return (parameter == "weight" and layer in self._targets) or layer in self._experts
 
     def get_quantize_ops(self) -> Any:
-        """The step that turns a float weight, as it arrives, into a `QuantLinear`."""
+        """The step that turns a float weight, as it arrives, into a `QuantLinear` or a part of a `QuantExperts`."""
         from ferrolora.integrations.weight_conversion import QuantizeWeight
 
-        return QuantizeWeight(self.quantization_config)
+        return QuantizeWeight(self.quantization_config, self._arrived)
 
     def get_weight_conversions(self) -> list[Any]:
-        """The step that turns the tensors of one quantized linear into a `QuantLinear`."""
+        """The steps that turn the tensors of one quantized weight into a `QuantLinear` or a part of `QuantExperts`."""
         from transformers.core_model_loading import WeightConverter
 
-        from ferrolora.integrations.weight_conversion import ReadQuantized
+        from ferrolora.integrations.weight_conversion import ReadExperts, ReadQuantized
 
         if not self.pre_quantized:
             return []
         steps: list[Any] = [ReadQuantized(self.quantization_config)]
-        return [WeightConverter(list(SERIALIZED_NAMES), ["weight"], operations=steps)]
+        linears = WeightConverter(list(SERIALIZED_NAMES), ["weight"], operations=steps)
+        experts: list[Any] = []
+        for projection in PROJECTIONS:
+            names = [f"{projection}_{part}" for part in (*PARTS, HEADER)]
+            reading: list[Any] = [ReadExperts(self.quantization_config, self._arrived)]
+            experts.append(WeightConverter(names, [projection], operations=reading))
+        return [linears, *experts]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from ferrolora.integrations.weight_conversion import ReadQuantized
+        from ferrolora.integrations.weight_conversion import ReadExperts, ReadQuantized
 
+        for name, module in model.named_modules():
+            absent = [key for key in PROJECTIONS if f"{name}.{key}" not in self._arrived]
+            if isinstance(module, QuantExperts) and absent:
+                raise FormatError(f"the checkpoint lacks {name}.{absent[0]}, but holds the other weights of its experts")
         # Saving undoes the conversions that loading used; a quantized layer's state dict is already as the file is.
         used = getattr(model, "_weight_conversions", None)
         if used is not None:
             ours = [
-                step for step in used if any(isinstance(op, ReadQuantized) for op in getattr(step, "operations", ()))
+                step
+                for step in used
+                if any(isinstance(op, (ReadQuantized, ReadExperts)) for op in getattr(step, "operations", ()))
             ]
             model._weight_conversions = [step for step in used if step not in ours]
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Leave the tensors of quantized weights as stored; ReadQuantized casts the plain ones it is given."""
-        from ferrolora.integrations.weight_conversion import ReadQuantized
+        from ferrolora.integrations.weight_conversion import ReadExperts, ReadQuantized
 
+        if any(isinstance(op, ReadExperts) for op in getattr(converter, "operations", ())):
+            return None
         readers = [op for op in getattr(converter, "operations", ()) if isinstance(op, ReadQuantized)]
         for reader in readers:
             reader.float_dtype = dtype
         return None if readers else super().get_new_dtype(converter, param, dtype)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = FLOAT_TYPES[dtype] if isinstance(dtype, str) else dtype  # config.dtype is a name after save_pretrained
         from_conv1d = conv1d_paths(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
@@ -199,6 +223,8 @@ class FerroloraQuantizer(HfQuantizer):
                 plain.weight = nn.Parameter(module.dequantize(dtype))
                 plain.bias = module.bias
                 model.set_submodule(name, plain)
+            elif isinstance(module, QuantExperts):
+                model.set_submodule(name, module.dense(dtype))
         restore_conv1d(model, from_conv1d)
         return model
 
@@ -266,6 +292,25 @@ def quantizable_linears(model: Any, skip_modules: Sequence[str] = ()) -> list[st
         and name.rpartition(".")[2] not in ROUTERS
         and should_convert_module(name, kept)
     ]
+
+
+def quantizable_experts(model: Any, skip_modules: Sequence[str] = ()) -> list[str]:
+    """Names of the modules of a transformers model that hold fused experts, but those that are skipped.
+
+    Args:
+        model: a `PreTrainedModel`, on any device, meta included.
+        skip_modules: modules to leave out: full names, ends of names, or regular expressions.
+
+    Raises:
+        UnsupportedError: experts with biases, without a gate, or stored transposed; the message says to skip them.
+    """
+    kept = [*skip_modules, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    found = [
+        name for name, module in model.named_modules() if is_fused_experts(module) and should_convert_module(name, kept)
+    ]
+    for name in found:
+        check_layout(model.get_submodule(name), name)
+    return found
 
 
 # Importing this module is what registers; ferrolora._register sees to it that the import happens in time.

@@ -1,4 +1,4 @@
-"""What happens to one linear layer's tensors as transformers loads or saves a checkpoint."""
+"""What happens to the tensors of one linear layer, or of a layer's experts, as transformers loads a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from transformers.pytorch_utils import Conv1D
 from ferrolora.errors import FormatError
 from ferrolora.integrations.transformers import FLOAT_TYPES, FerroloraConfig
 from ferrolora.nn import QuantLinear
+from ferrolora.nn.expert_stack import QuantStack, quantize_stack, stack_from_state
+from ferrolora.nn.experts import QuantExperts, is_fused_experts
 from ferrolora.nn.quant_state import from_state
 
 
 class QuantizeWeight(ConversionOps):
-    """A float weight arrives: quantize it and put a `QuantLinear` in the place of its layer.
+    """A float weight arrives: quantize it and put a `QuantLinear` or `QuantExperts` in the place of its module.
 
     Args:
         config: how to quantize.
+        arrived: gets the names of the weights of experts that came.
     """
 
-    def __init__(self, config: FerroloraConfig) -> None:
+    def __init__(self, config: FerroloraConfig, arrived: set[str]) -> None:
         self._config = config
+        self._arrived = arrived
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
     ) -> dict[str, Any]:
-        """`{"<layer>.weight": float [N, K]}` to the packed weight under the same name."""
+        """`{"<layer>.weight": float [N, K]}`, or `[E, N, K]` of experts, to the packed weight under the same name."""
         model: nn.Module = context["model"]
         packed = {}
         for key, value in input_dict.items():
-            name = key.removesuffix(".weight")
-            layer: Any = model.get_submodule(name)
             weight = value[0] if isinstance(value, list) else value
+            name, _, leaf = key.rpartition(".")
+            layer: Any = model.get_submodule(name)
+            if leaf != "weight":
+                stack = quantize_stack(weight, self._config.spec, key)
+                packed[key] = _install_experts(model, key, stack, self._config, self._arrived)
+                continue
             if isinstance(layer, Conv1D):
                 weight = weight.T  # Conv1D keeps [K, N]
             source = nn.Linear(1, 1, bias=False, device="meta")
@@ -79,6 +87,52 @@ class ReadQuantized(ConversionOps):
         qt = from_state({f"{name}.{key}": value for key, value in state.items()}, f"{name}.", _shape(layer), dtype)
         _install(model, name, QuantLinear.from_quant_tensor(qt, layer.bias), self._config)
         return {full_layer_name: model.get_parameter(full_layer_name)}
+
+
+class ReadExperts(ConversionOps):
+    """The tensors of one projection of packed experts arrive: check them and put a `QuantExperts` in their place.
+
+    Args:
+        config: of the checkpoint.
+        arrived: gets the name of the weight.
+    """
+
+    def __init__(self, config: FerroloraConfig, arrived: set[str]) -> None:
+        self._config = config
+        self._arrived = arrived
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadExperts:
+        """One for all converters: transformers copies them for each weight, and `arrived` must stay the same set."""
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
+        """`{"gate_up_proj_codes": …, "gate_up_proj_absmax": …, …}` to the packed weight under its full name."""
+        key: str = context["full_layer_name"]
+        mark = f"{key.rpartition('.')[2]}_"
+        state = {
+            part.removeprefix(mark): value[0] if isinstance(value, list) else value
+            for part, value in input_dict.items()
+        }
+        stack = stack_from_state(state, key)
+        return {key: _install_experts(context["model"], key, stack, self._config, self._arrived)}
+
+
+def _install_experts(
+    model: nn.Module, key: str, stack: QuantStack, config: FerroloraConfig, arrived: set[str]
+) -> nn.Parameter:
+    name, _, projection = key.rpartition(".")
+    module = model.get_submodule(name)
+    if is_fused_experts(module):
+        module = QuantExperts(module, stack.spec).train(model.training)
+        module.compute_dtype = FLOAT_TYPES[config.compute_dtype] if config.compute_dtype else stack.dtype
+        model.set_submodule(name, module)
+    if not isinstance(module, QuantExperts):
+        raise FormatError(f"{key} holds packed experts, but {name} of this model is a {type(module).__name__}")
+    module.install(projection, stack)
+    arrived.add(key)
+    return module.get_parameter(projection)
 
 
 def _shape(layer: Any) -> tuple[int, int]:

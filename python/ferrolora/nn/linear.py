@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ferrolora.errors import FormatError, ShapeError
 from ferrolora.nn.quant_state import from_state, read_spec, state_keys, to_state
+from ferrolora.nn.scales import types_kept
 from ferrolora.ops.linear import LowRank, linear_packed
 from ferrolora.ops.linear_group import Packed
 from ferrolora.ops.quantize import quantize
@@ -159,14 +160,8 @@ class QuantLinear(nn.Linear):
         """Do nothing: a packed weight is loaded or quantized, never drawn at random."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        scales = {name: self._buffers[name] for name in _SCALES}
-        self._buffers.update(dict.fromkeys(scales))  # out of the way of nn.Module, which would cast them
-        try:
+        with types_kept(self, _SCALES, fn):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        finally:
-            self._buffers.update(scales)
-        for name, scale in scales.items():
-            self._buffers[name] = None if scale is None else _moved(scale, fn)
         self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=self.weight.device)).dtype
         return self
 
@@ -224,9 +219,3 @@ class QuantLinear(nn.Linear):
             return  # float or incomplete entries: the missing keys are reported by name
         if spec != self.spec:
             raise FormatError(f"{prefix}weight was saved with {spec}, but the layer was built with {self.spec}")
-
-
-def _moved(scale: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """fn(scale) without its change of type: half-precision scales would change every weight of the block."""
-    moved = fn(scale)
-    return moved if moved.dtype == scale.dtype else scale.to(moved.device)
