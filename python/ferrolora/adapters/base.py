@@ -199,10 +199,11 @@ class AdapterLayer(nn.Module, ABC):
     def unmerge(self) -> None:
         """Puts back what `merge` replaced, bit for bit."""
         for field, (parameter,) in self._unmerged.items():
-            current = getattr(self.base_layer, field)
+            owner, name = self.place(field)
+            current = getattr(owner, name)
             if parameter.device != current.device or parameter.dtype != current.dtype:
                 parameter.data = parameter.data.to(current.device, current.dtype)
-            setattr(self.base_layer, field, parameter)
+            setattr(owner, name, parameter)
         self._unmerged, self._beside, self.merged_adapters = {}, {}, []
 
     @torch.no_grad()
@@ -230,10 +231,15 @@ class AdapterLayer(nn.Module, ABC):
             return weight.clone(), None if bias is None else bias.clone()
         return self.weight_with(names, weight), self.bias_with(names, bias)
 
+    def place(self, field: str) -> tuple[nn.Module, str]:
+        """The module that holds the base's "weight" or "bias", and the name it has there."""
+        return self.base_layer, field
+
     def _replace(self, field: str, value: Tensor) -> None:
-        old = getattr(self.base_layer, field)
+        owner, name = self.place(field)
+        old = getattr(owner, name)
         self._unmerged[field] = (old,)
-        setattr(self.base_layer, field, nn.Parameter(value, old.requires_grad))
+        setattr(owner, name, nn.Parameter(value, old.requires_grad))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterLayer":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here

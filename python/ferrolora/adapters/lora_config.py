@@ -20,7 +20,6 @@ _ONLY_DEFAULT: dict[str, Any] = {
     "use_qalora": False,
     "monteclora_config": None,
     "layer_replication": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -57,6 +56,9 @@ class LoraConfig(LayerConfig):
         rank_pattern: {name pattern: r} for modules with another rank; a pattern matches as `(.*\.)?pattern$`.
         alpha_pattern: the same for lora_alpha.
         lora_bias: give B a trained bias. Default False.
+        target_parameters: parameters that get an adapter, by name or `.suffix`: those of fused experts, as in
+            `["experts.gate_up_proj", "experts.down_proj"]`, each expert with its own A and B. Default None. With it
+            `target_modules=None` means no modules. No dropout, lora_bias, DoRA, nor a start from the weight.
 
     Every other field exists because PEFT's file has it; a value other than its default is refused.
 
@@ -90,7 +92,7 @@ class LoraConfig(LayerConfig):
     monteclora_config: Any = None
     layer_replication: Any = None
     lora_bias: bool = False
-    target_parameters: Any = None
+    target_parameters: Sequence[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -106,6 +108,8 @@ class LoraConfig(LayerConfig):
                 )
         self._check_numbers()
         self._check_initializer()
+        if self.target_parameters is not None:
+            self._check_parameters()
 
     def _check_numbers(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -118,6 +122,28 @@ class LoraConfig(LayerConfig):
             raise UnsupportedError(f"LoraConfig(bias={self.bias!r}) is unknown; choose one of {BIAS_CHOICES}")
         if self.use_dora and self.lora_bias:
             raise UnsupportedError("LoraConfig(use_dora=True, lora_bias=True): DoRA has no place for a bias of B")
+
+    def _check_parameters(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise UnsupportedError(
+                f"LoraConfig(target_parameters={self.target_parameters!r}) must be a list of names or .suffixes"
+            )
+        self.target_parameters = list(self.target_parameters or ())
+        if self.target_modules is None and self.target_parameters:
+            self.target_modules = []
+        if self.target_parameters and type(self) is not LoraConfig:
+            raise UnsupportedError(f"{type(self).__name__} adapts modules; only LoraConfig has target_parameters")
+        for name, value in {"lora_dropout": 0.0, "lora_bias": False, "use_dora": False, "fan_in_fan_out": False}.items():
+            if self.target_parameters and getattr(self, name) != value:
+                raise UnsupportedError(
+                    f"LoraConfig({name}={getattr(self, name)!r}) does not go with target_parameters, as in PEFT; "
+                    f"the only value is {value!r}"
+                )
+        if self.target_parameters and self.init_lora_weights not in (True, False, "gaussian"):
+            raise UnsupportedError(
+                f"LoraConfig(init_lora_weights={self.init_lora_weights!r}) does not go with target_parameters; "
+                "choose True, False or 'gaussian'"
+            )
 
     def _check_initializer(self) -> None:
         initializer(self.init_lora_weights)

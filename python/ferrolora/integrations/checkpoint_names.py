@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from ferrolora.errors import UnsupportedError
-from ferrolora.integrations.transformers import quantizable_linears
+from ferrolora.integrations.transformers import quantizable_experts, quantizable_linears
 from ferrolora.io.checkpoint import Checkpoint
 
 
@@ -41,9 +41,17 @@ def linear_tensors(directory: Path, skip_modules: Sequence[str] = ()) -> LinearT
         skip_modules: modules to leave out, as in `FerroloraConfig`.
 
     Raises:
-        UnsupportedError: the model has no linear layer to quantize.
+        UnsupportedError: the model has no linear layer to quantize; or it has fused experts, which a checkpoint holds
+            one by one, and skip_modules does not name them.
     """
     model = meta_model(directory)
+    experts = quantizable_experts(model, skip_modules)
+    if experts:
+        raise UnsupportedError(
+            f"{directory}: {experts[0]} holds fused experts, which are packed as a model loads, not shard by shard. "
+            "from_pretrained(…, quantization_config=FerroloraConfig()) and save_pretrained write the quantized "
+            "checkpoint; skipping 'experts' leaves them in float"
+        )
     wanted = {f"{name}.weight" for name in quantizable_linears(model, skip_modules)}
     conv = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     mapping = get_model_conversion_mapping(model)

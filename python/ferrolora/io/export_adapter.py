@@ -31,6 +31,8 @@ def export_adapter(source: Path, destination: Path) -> int:
     config = PeftConfig.from_dict(read_config(source), where=str(source))
     if type(config) is not LoraConfig or config.use_dora or config.trainable_token_indices or config.lora_bias:
         raise UnsupportedError(f"{source}: only plain LoRA (no DoRA, lora_bias, trained rows) can be exported")
+    if config.target_parameters:
+        raise UnsupportedError(f"{source}: LoRA on experts (target_parameters) has no form that other programs read")
     tensors, count = read_tensors(source), 0
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in _B_KEYS if key.endswith(suffix)), None)

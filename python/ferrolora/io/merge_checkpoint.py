@@ -149,6 +149,11 @@ class _Merge:
         self.config = PeftConfig.from_dict(read_config(adapter), where=str(adapter))
         if not isinstance(self.config, ModuleConfig):
             raise UnsupportedError(f"{adapter}: {self.config.peft_type} has virtual tokens, which no weight can hold")
+        if getattr(self.config, "target_parameters", None):
+            raise UnsupportedError(
+                f"{adapter}: adapts experts (target_parameters), whose tensors a checkpoint holds one by one; "
+                "load model and adapter, then save what merge_and_unload() gives"
+            )
         self.tensors = {key.removeprefix(_PREFIX): value for key, value in read_tensors(adapter).items()}
         self.adapter = adapter
         saved = saved_modules(plan.model, self.config.modules_to_save)

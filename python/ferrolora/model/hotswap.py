@@ -26,6 +26,8 @@ def hotswap_adapter(model: "PeftModel", directory: Path, name: str) -> None:
     for given in (config, old):
         if type(given) is not LoraConfig or given.use_dora or given.lora_bias or given.bias != "none":
             raise UnsupportedError("hotswap_adapter exchanges plain LoRA adapters (no DoRA, lora_bias, trained biases)")
+        if given.target_parameters:
+            raise UnsupportedError("hotswap_adapter does not exchange adapters with target_parameters; load it anew")
     tensors = read_tensors(directory)
     layers = {
         f"base_model.model.{path}": layer

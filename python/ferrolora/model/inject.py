@@ -9,13 +9,14 @@ from torch import nn
 
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import ModuleConfig, PeftConfig
+from ferrolora.adapters.lora_experts import LoraExperts, wrap_parameters
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.registry import method_of
 from ferrolora.adapters.rows import RowGroups
 from ferrolora.adapters.tokens import TrainableTokens
 from ferrolora.errors import FerroloraError, TargetError, UnsupportedError
 from ferrolora.model.float_weights import FloatWeights
-from ferrolora.model.targets import ALL_LINEAR, find_targets, saved_modules, smallest_suffixes
+from ferrolora.model.targets import ALL_LINEAR, find_parameters, find_targets, saved_modules, smallest_suffixes
 
 Wrapper = AdapterLayer | ModulesToSaveWrapper
 
@@ -76,11 +77,17 @@ def inject_adapter(
     if wrap is None:
         raise UnsupportedError(f"{config.peft_type} does not adapt modules")
     layers = {path: _wrapped(modules[path], path, wrap, config) for path in targets}
+    experts = {
+        path: wrap_parameters(modules[path], names, path)
+        for path, names in find_parameters(model, getattr(config, "target_parameters", None)).items()
+    }
     copies = {path: _copied(modules[path], path, name) for path in saved}
     tokens = _token_layers(model, config, set(targets) | set(saved))
     try:
         for path, layer in layers.items():
             layer.add_adapter(name, config, path, autocast_dtype, weights.source(path) if weights else None)
+        for path, leaf, parameter in _each(experts):
+            parameter.add_adapter(name, config, f"{path}.{leaf}", autocast_dtype)
         for wrapper in copies.values():
             wrapper.add_adapter(name)
         for path, (rows, indices) in tokens.items():
@@ -88,16 +95,24 @@ def inject_adapter(
                 rows.add_tokens(name, indices, path, autocast_dtype)
     except FerroloraError:
         every: list[Wrapper] = [*layers.values(), *copies.values(), *(rows for rows, _ in tokens.values())]
+        every += [parameter for _, _, parameter in _each(experts)]
         for added in every:
             added.delete_adapter(name)
         raise
-    for path, placed in (layers | copies | {path: rows for path, (rows, _) in tokens.items()}).items():
+    outermost = {path: list(parameters.values())[-1] for path, parameters in experts.items()}
+    for path, placed in (layers | outermost | copies | {path: rows for path, (rows, _) in tokens.items()}).items():
         if modules[path] is not placed:
             replace_module(model, modules[path], placed)
     if config.target_modules is None or config.target_modules == ALL_LINEAR:
         config.target_modules = smallest_suffixes(model, targets)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(getattr(layer, "transposed", False) for layer in layers.values())
+
+
+def _each(experts: Mapping[str, Mapping[str, LoraExperts]]) -> Iterator[tuple[str, str, LoraExperts]]:
+    for path, parameters in experts.items():
+        for leaf, layer in parameters.items():
+            yield path, leaf, layer
 
 
 def inject_saved_modules(model: nn.Module, name: str, names: Sequence[str] | None) -> None:

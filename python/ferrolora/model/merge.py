@@ -9,13 +9,14 @@ from ferrolora.adapters.base import AdapterLayer, dense_linear, sixteen_bit
 from ferrolora.model.conv1d import conv1d_paths, restore_conv1d
 from ferrolora.model.inject import replace_module, wrappers
 from ferrolora.model.reversible import remove_stacks
+from ferrolora.nn.experts import QuantExperts
 
 # Attributes by which transformers knows that a model is quantized.
 _QUANTIZED_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> nn.Module:
-    """Replaces every wrapper in `model` by a float module that holds W + Σ ΔW, and every packed linear by a float one.
+    """Replaces every wrapper in `model` by a float module that holds W + Σ ΔW, and every packed one by a float one.
 
     Args:
         model: the base model with its wrappers; changed in place.
@@ -26,9 +27,11 @@ def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype 
     Returns:
         `model`, without adapters and without packed weights.
     """
-    packed, from_conv1d = packed_linears(model), conv1d_paths(model)
+    packed, from_conv1d = [*packed_linears(model), *packed_experts(model)], conv1d_paths(model)
     result_dtype = dtype or (sixteen_bit(packed[0]) if packed else None)
-    for _, layer in list(wrappers(model)):
+    for path, layer in list(wrappers(model)):
+        if path.endswith(".base_layer"):
+            continue  # a parameter of experts, whose outermost wrapper merges them all
         if isinstance(layer, AdapterLayer):
             replace_module(model, layer, layer.merged_module(names, result_dtype))
         else:
@@ -37,6 +40,8 @@ def merge_and_unload(model: nn.Module, names: Sequence[str], dtype: torch.dtype 
     for module in packed_linears(model):
         assert result_dtype is not None
         replace_module(model, module, dense_linear(module, result_dtype))
+    for experts in packed_experts(model):
+        replace_module(model, experts, experts.dense(result_dtype))
     restore_conv1d(model, from_conv1d)
     if packed:
         _forget_quantization(model)
@@ -58,6 +63,11 @@ def unload(model: nn.Module) -> nn.Module:
 def packed_linears(model: nn.Module) -> list[nn.Linear]:
     """The linear layers whose weight is not float."""
     return [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.is_floating_point()]
+
+
+def packed_experts(model: nn.Module) -> list[QuantExperts]:
+    """The fused experts whose weights are not float."""
+    return [module for module in model.modules() if isinstance(module, QuantExperts)]
 
 
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -11,7 +11,9 @@ from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import ModuleConfig, TaskType
 from ferrolora.adapters.lora import is_transposed_linear
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
-from ferrolora.errors import TargetError
+from ferrolora.adapters.lora_experts import LoraExperts
+from ferrolora.errors import TargetError, UnsupportedError
+from ferrolora.nn.experts import PROJECTIONS, QuantExperts, check_layout, is_fused_experts
 
 ALL_LINEAR = "all-linear"
 
@@ -77,8 +79,46 @@ def find_targets(model: nn.Module, config: ModuleConfig, saved: Sequence[str]) -
     if config.exclude_modules:
         found = [path for path in found if not matches(config.exclude_modules, path)]
     found = [path for path in found if _in_layers(path, config)]
-    if not found:
+    if not found and not getattr(config, "target_parameters", None):
         raise TargetError(_nothing_matched(config, names))
+    return found
+
+
+def find_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, list[str]]:
+    """{path of fused experts: their parameters that `names` means}, whole names or `.suffix`es, in the model's order.
+
+    Raises:
+        TargetError: nothing matched; the message lists the parameters that could be meant.
+        UnsupportedError: a parameter that is not a matrix of fused experts.
+    """
+    found: dict[str, list[str]] = {}
+    known: list[str] = []
+    if not names:
+        return found
+    modules = dict(model.named_modules())
+    for path in _plain_names(model):
+        module = modules[path]
+        owner = module.experts if isinstance(module, LoraExperts) else module
+        fused = isinstance(owner, QuantExperts) or is_fused_experts(owner)
+        for leaf, _ in owner.named_parameters(recurse=False):
+            key = f"{path}.{leaf}"
+            if fused and leaf in PROJECTIONS:
+                known.append(key)
+            if not matches(list(names), key):
+                continue
+            if not fused:
+                raise UnsupportedError(
+                    f"target_parameters: {key} belongs to a {type(owner).__name__}; they are for fused experts, "
+                    "and a linear layer is adapted by naming it in target_modules"
+                )
+            if is_fused_experts(owner):
+                check_layout(owner, path)
+            found.setdefault(path, []).append(leaf)
+    if not found:
+        raise TargetError(
+            f"target_parameters={list(names)} matched no parameter of the model; it has "
+            f"{', '.join(sorted({'.'.join(key.split('.')[-2:]) for key in known})) or 'no fused experts'}"
+        )
     return found
 
 

@@ -80,9 +80,9 @@ def _plain_lora(model: "PeftModel", name: str) -> LoraConfig:
         raise UnsupportedError(
             f"adapter {name!r}: only LoRA without DoRA, lora_bias and trained biases can be combined with others"
         )
-    if config.modules_to_save or config.trainable_token_indices:
+    if config.modules_to_save or config.trainable_token_indices or config.target_parameters:
         raise UnsupportedError(
-            f"adapter {name!r} trains whole modules or rows (modules_to_save, trainable_token_indices); "
+            f"adapter {name!r} has modules_to_save, trainable_token_indices or target_parameters; "
             "those cannot be combined"
         )
     return config

@@ -233,7 +233,7 @@ def experts_forward(
     y = down(cast(Any, experts)._apply_gate(up(hidden_states[order // slots])))
     weighted = y * top_k_weights.reshape(-1)[order, None]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return weighted[back].view(tokens, slots, -1).sum(1).to(hidden_states.dtype)
+    return weighted[back].view(tokens, slots, hidden_states.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _count(experts: nn.Module) -> int:

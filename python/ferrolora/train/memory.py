@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from ferrolora.nn import QuantLinear
+from ferrolora.nn import QuantExperts, QuantLinear
+from ferrolora.nn.expert_stack import QuantStack
+from ferrolora.tensor import QuantTensor
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,19 @@ def base_memory(model: nn.Module) -> BaseMemory:
         held = sum(tensor.nbytes for tensor in fresh)
         after += held
         before += held
-        if isinstance(module, QuantLinear) and fresh:
-            packed = module.quant_tensor()
+        for packed in _packed(module) if fresh else ():
             as_float = packed.numel() * packed.dtype.itemsize
             before += as_float - packed.nbytes
             linear_before += as_float
             linear_after += packed.nbytes
             linear_parameters += packed.numel()
     return BaseMemory(before, after, linear_before, linear_after, linear_parameters)
+
+
+def _packed(module: nn.Module) -> list[QuantTensor | QuantStack]:
+    if isinstance(module, QuantLinear):
+        return [module.quant_tensor()]
+    return [module.stack(name) for name in module.shapes] if isinstance(module, QuantExperts) else []
 
 
 def peak_resident_bytes() -> int | None:
