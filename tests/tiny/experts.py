@@ -1,10 +1,10 @@
 """Experts written out in float64, forward and backward, with a bound on the rounding of any order of float operations.
 
 Every value carries the largest error that a computation of the same formula may have: `Bounded(v, e)`. The rules are
-those of running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.3): a sum of n products is off
-by at most (n + 6)·2^-24 of the sum of the magnitudes (6: the decoding of a weight, a scaling, and the sum of base and
-branch), and storing a result in the type of the activations adds its unit roundoff, twice more where a kernel rounds
-the weight to that type too.
+those of running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.3): a sum of n products is
+off by at most (n + 6)·2^-24 of the sum of the magnitudes (6: the decoding of a weight, a scaling, and the sum of base
+and branch), and storing a result in the type of the activations adds its unit roundoff, twice more where a kernel
+rounds the weight to that type too.
 """
 
 from collections.abc import Sequence
@@ -169,4 +169,6 @@ class _Projection:
 def assert_within(found: Tensor, expected: Bounded) -> None:
     """Every element within its bound."""
     off = (found.detach().double() - expected.v).abs()
-    assert bool((off <= expected.e).all()), f"worst {float((off / expected.e.clamp_min(1e-300)).max()):.3g} of its bound"
+    assert bool((off <= expected.e).all()), (
+        f"worst {float((off / expected.e.clamp_min(1e-300)).max()):.3g} of its bound"
+    )

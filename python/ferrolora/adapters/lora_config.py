@@ -133,7 +133,12 @@ class LoraConfig(LayerConfig):
             self.target_modules = []
         if self.target_parameters and type(self) is not LoraConfig:
             raise UnsupportedError(f"{type(self).__name__} adapts modules; only LoraConfig has target_parameters")
-        for name, value in {"lora_dropout": 0.0, "lora_bias": False, "use_dora": False, "fan_in_fan_out": False}.items():
+        for name, value in {
+            "lora_dropout": 0.0,
+            "lora_bias": False,
+            "use_dora": False,
+            "fan_in_fan_out": False,
+        }.items():
             if self.target_parameters and getattr(self, name) != value:
                 raise UnsupportedError(
                     f"LoraConfig({name}={getattr(self, name)!r}) does not go with target_parameters, as in PEFT; "

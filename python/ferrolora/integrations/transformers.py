@@ -190,7 +190,9 @@ class FerroloraQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             absent = [key for key in PROJECTIONS if f"{name}.{key}" not in self._arrived]
             if isinstance(module, QuantExperts) and absent:
-                raise FormatError(f"the checkpoint lacks {name}.{absent[0]}, but holds the other weights of its experts")
+                raise FormatError(
+                    f"the checkpoint lacks {name}.{absent[0]}, but holds the other weights of its experts"
+                )
         # Saving undoes the conversions that loading used; a quantized layer's state dict is already as the file is.
         used = getattr(model, "_weight_conversions", None)
         if used is not None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import ModuleConfig, PeftConfig
-from ferrolora.adapters.lora_experts import LoraExperts, wrap_parameters
+from ferrolora.adapters.lora_experts import wrap_parameters
 from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.registry import method_of
 from ferrolora.adapters.rows import RowGroups
@@ -81,25 +81,24 @@ def inject_adapter(
         path: wrap_parameters(modules[path], names, path)
         for path, names in find_parameters(model, getattr(config, "target_parameters", None)).items()
     }
+    parameters = {f"{path}.{leaf}": layer for path, inner in experts.items() for leaf, layer in inner.items()}
+    adding: dict[str, AdapterLayer] = {**layers, **parameters}
     copies = {path: _copied(modules[path], path, name) for path in saved}
     tokens = _token_layers(model, config, set(targets) | set(saved))
     try:
-        for path, layer in layers.items():
+        for path, layer in adding.items():
             layer.add_adapter(name, config, path, autocast_dtype, weights.source(path) if weights else None)
-        for path, leaf, parameter in _each(experts):
-            parameter.add_adapter(name, config, f"{path}.{leaf}", autocast_dtype)
         for wrapper in copies.values():
             wrapper.add_adapter(name)
         for path, (rows, indices) in tokens.items():
             if indices:
                 rows.add_tokens(name, indices, path, autocast_dtype)
     except FerroloraError:
-        every: list[Wrapper] = [*layers.values(), *copies.values(), *(rows for rows, _ in tokens.values())]
-        every += [parameter for _, _, parameter in _each(experts)]
+        every: list[Wrapper] = [*adding.values(), *copies.values(), *(rows for rows, _ in tokens.values())]
         for added in every:
             added.delete_adapter(name)
         raise
-    outermost = {path: list(parameters.values())[-1] for path, parameters in experts.items()}
+    outermost = {path: list(inner.values())[-1] for path, inner in experts.items()}
     for path, placed in (layers | outermost | copies | {path: rows for path, (rows, _) in tokens.items()}).items():
         if modules[path] is not placed:
             replace_module(model, modules[path], placed)
@@ -107,12 +106,6 @@ def inject_adapter(
         config.target_modules = smallest_suffixes(model, targets)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(getattr(layer, "transposed", False) for layer in layers.values())
-
-
-def _each(experts: Mapping[str, Mapping[str, LoraExperts]]) -> Iterator[tuple[str, str, LoraExperts]]:
-    for path, parameters in experts.items():
-        for leaf, layer in parameters.items():
-            yield path, leaf, layer
 
 
 def inject_saved_modules(model: nn.Module, name: str, names: Sequence[str] | None) -> None:

@@ -10,8 +10,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ferrolora.adapters.base import AdapterLayer
 from ferrolora.adapters.config import ModuleConfig, TaskType
 from ferrolora.adapters.lora import is_transposed_linear
-from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.adapters.lora_experts import LoraExperts
+from ferrolora.adapters.modules_to_save import ModulesToSaveWrapper
 from ferrolora.errors import TargetError, UnsupportedError
 from ferrolora.nn.experts import PROJECTIONS, QuantExperts, check_layout, is_fused_experts
 

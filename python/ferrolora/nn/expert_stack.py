@@ -20,7 +20,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True, eq=False)
 class QuantStack:
-    """`[E, N, K]` as E quantized matrices `[N, K]`: no block, no scale of scales and no offset is shared by two experts.
+    """`[E, N, K]` as E quantized matrices `[N, K]`, which share neither blocks nor nested scales nor an offset.
 
     Args:
         codes: nf4, fp4: uint8 `[E, (N*K + 1) // 2, 1]`; int8: int8 `[E, N, K]`.
@@ -48,17 +48,14 @@ class QuantStack:
             tensor: Tensor | None = getattr(self, name)
             seen = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
             if seen != expected:
-                raise ShapeError(
-                    f"{name} of {self.spec.quant_type} experts of shape {list(self.shape)} must be {expected}, not {seen}"
-                )
+                experts = f"{self.spec.quant_type} experts of shape {list(self.shape)}"
+                raise ShapeError(f"{name} of {experts} must be {expected}, not {seen}")
 
     def expert(self, index: int) -> QuantTensor:
         """The matrix `[N, K]` of one expert: views, no copies."""
         nested = None if self.nested_absmax is None else self.nested_absmax[index]
         offset = None if self.offset is None else self.offset[index]
-        return QuantTensor(
-            self.codes[index], self.absmax[index], nested, offset, self.spec, self.shape[1:], self.dtype
-        )
+        return QuantTensor(self.codes[index], self.absmax[index], nested, offset, self.spec, self.shape[1:], self.dtype)
 
     def numel(self) -> int:
         """The number of values (not of bytes)."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ferrolora.errors import FormatError, ShapeError, UnsupportedError
 from ferrolora.nn.expert_stack import (
-    HEADER,
     PARTS,
     QuantStack,
     empty_stack,
@@ -119,9 +118,9 @@ class QuantExperts(nn.Module):
 
     def stack(self, projection: str) -> QuantStack:
         """The weights of a projection, over the module's own tensors."""
-        scales = [getattr(self, f"{projection}_{part}") for part in _SCALES]
+        absmax, nested, offset = (getattr(self, f"{projection}_{part}") for part in _SCALES)
         codes = self.get_parameter(projection).detach()
-        return QuantStack(codes, *scales, self.spec, self.shapes[projection], self.compute_dtype)
+        return QuantStack(codes, absmax, nested, offset, self.spec, self.shapes[projection], self.compute_dtype)
 
     def dequantize(self, projection: str, dtype: torch.dtype | None = None) -> Tensor:
         """The float weights `[E, N, K]` of a projection, freshly decoded, in `dtype` (default: `compute_dtype`)."""
@@ -257,7 +256,7 @@ def _product(
             return y if lora is None else y + _branch(x, lora[expert]).to(y.dtype)
 
     def product(x: Tensor) -> Tensor:
-        parts = [one(rows, expert) for expert, rows in enumerate(x.split(list(counts))) if len(rows)]
+        parts = [one(rows, expert) for expert, rows in enumerate(torch.split(x, list(counts))) if len(rows)]
         return torch.cat(parts) if parts else x.new_empty((0, experts.get_parameter(projection).shape[1]))
 
     return product

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import ferrolora as fl
 from ferrolora.adapters.lora_experts import LoraExperts, wrap_parameters
 from ferrolora.errors import FormatError, TargetError, UnsupportedError
-from ferrolora.nn import QuantExperts
 from ferrolora.nn.experts import PROJECTIONS
 from tiny.experts import Branch, assert_within, experts_twin
 from tiny.models import llama, logits, mixtral, qwen3_moe, token_ids

@@ -121,7 +121,9 @@ def test_bits_per_weight_of_the_whole_model(folder: Path) -> None:
     memory = base_memory(load(folder))
     model = load(folder)
     packed = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantExperts))]
-    stacks = [s for m in packed for s in (map(m.stack, PROJECTIONS) if isinstance(m, QuantExperts) else [m.quant_tensor()])]
+    stacks = [
+        s for m in packed for s in (map(m.stack, PROJECTIONS) if isinstance(m, QuantExperts) else [m.quant_tensor()])
+    ]
     assert memory.linear_parameters == sum(stack.numel() for stack in stacks)
     assert memory.bits_per_parameter == 8 * sum(s.nbytes for s in stacks) / sum(s.numel() for s in stacks)
     assert memory.bits_per_parameter < 4.3  # 32 bits of scales a matrix weigh more in matrices of 800 values
@@ -163,9 +165,14 @@ def test_dequantize_gives_back_the_models_own_experts(make, folder: Path) -> Non
 
 def test_a_checkpoint_without_one_of_the_projections_is_refused(folder: Path, tmp_path: Path) -> None:
     load(folder).save_pretrained(tmp_path / "saved")
-    for place, mark in ((folder, (".w2.", ".experts.0.down_proj", "down_proj.weight")), (tmp_path / "saved", ("experts.down_proj_",))):
+    for place, mark in (
+        (folder, (".w2.", ".experts.0.down_proj", "down_proj.weight")),
+        (tmp_path / "saved", ("experts.down_proj_",)),
+    ):
         tensors = load_file(place / "model.safetensors")
-        kept = {k: t for k, t in tensors.items() if not any(m in k for m in mark) or "layers.1." in k or "self_attn" in k}
+        kept = {
+            k: t for k, t in tensors.items() if not any(m in k for m in mark) or "layers.1." in k or "self_attn" in k
+        }
         assert len(kept) < len(tensors)
         save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"lacks model\.layers\.0\.mlp\.experts\.down_proj"):

@@ -148,7 +148,7 @@ def test_a_state_dict_round_trip_is_exact_and_strict(spec: fl.QuantSpec, assign:
 
 def test_states_that_do_not_fit_are_refused_by_name() -> None:
     experts = QuantExperts.from_experts(float_experts())
-    with pytest.raises(FormatError, match="gate_up_proj was saved as .*fp4"):
+    with pytest.raises(FormatError, match=r"gate_up_proj was saved as .*fp4"):
         experts.load_state_dict(QuantExperts.from_experts(float_experts(), fl.QuantSpec("fp4")).state_dict())
     state = experts.state_dict()
     with pytest.raises(FormatError, match="codes of nf4 experts"):
