@@ -27,7 +27,7 @@ def test_defaults_are_those_of_the_paper_library() -> None:
         ("use_qalora", True),
         ("loftq_config", {"loftq_bits": 4}),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["experts.weight"]),
+        ("target_parameters", "experts.down_proj"),
         ("alora_invocation_tokens", [7]),
         ("init_lora_weights", "corda"),
         ("eva_config", {"rho": 2}),
