@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ferrolora.errors import UnsupportedError
 from ferrolora.io.checkpoint import Checkpoint
 from ferrolora.io.shard import TensorInfo
+from ferrolora.nn.expert_stack import HEADER
+from ferrolora.nn.experts import PROJECTIONS
 from ferrolora.nn.quant_state import STATE_KEY, from_state, read_spec, state_keys
 from ferrolora.tensor import QuantTensor
 
@@ -28,6 +31,7 @@ class DecodedCheckpoint(Checkpoint):
 
     Raises:
         FormatError: as `Checkpoint`, or a packed weight that lacks a part or cannot be read.
+        UnsupportedError: the checkpoint holds packed experts.
     """
 
     def __init__(self, path: str | os.PathLike[str], transposed: Collection[str], dtype: torch.dtype) -> None:
@@ -35,6 +39,12 @@ class DecodedCheckpoint(Checkpoint):
         self._transposed, self._dtype = transposed, dtype
         self._packed: set[str] = set()
         self._stored = Checkpoint(path)
+        experts = [name for name in self.tensors if name.endswith(tuple(f"{key}_{HEADER}" for key in PROJECTIONS))]
+        if experts:
+            raise UnsupportedError(
+                f"{path}: {experts[0].removesuffix(f'_{HEADER}')} holds packed experts, which are not decoded file by "
+                "file; load model and adapter, then save what merge_and_unload() gives"
+            )
         with self._stored.reading() as reader:
             for prefix in _prefixes(self._stored):
                 packed = _read(self._stored, reader, prefix, dtype)
