@@ -13,12 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ferrolora as fl
-from ferrolora.cli.app import run
 from ferrolora.errors import FormatError, UnsupportedError
 from ferrolora.integrations.checkpoint_names import linear_tensors
 from ferrolora.integrations.weight_conversion import QuantizeWeight
 from ferrolora.io.checkpoint import Checkpoint
-from ferrolora.io.export_adapter import export_adapter
 from ferrolora.io.quantize_checkpoint import quantize_checkpoint
 from ferrolora.nn import QuantExperts, QuantLinear
 from ferrolora.nn.expert_stack import stack_state
@@ -191,27 +189,6 @@ def test_the_streaming_command_refuses_experts_unless_they_are_skipped(folder: P
     assert len(Checkpoint(tmp_path / "streamed").tensors) > len(weights)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
     assert torch.equal(logits(streamed), logits(load(folder, skip_modules=["experts"])))
-
-
-def test_commands_that_work_file_by_file_refuse_experts_with_the_mend(folder: Path, tmp_path: Path, capsys) -> None:
-    model = load(folder)
-    model.save_pretrained(tmp_path / "packed")
-    targets = {
-        "parameters": fl.LoraConfig(target_parameters=["experts.down_proj"]),
-        "attention": fl.LoraConfig(target_modules=["q_proj"]),
-    }
-    for name, config in targets.items():
-        fl.get_peft_model(load(folder), config).save_pretrained(tmp_path / name)
-    for base, adapter, message in (
-        (folder, "parameters", "adapts experts"),
-        (tmp_path / "packed", "attention", "packed experts"),
-    ):
-        assert run(["merge", str(base), str(tmp_path / adapter), str(tmp_path / "out")]) == 1
-        error = capsys.readouterr().err
-        assert message in error
-        assert "merge_and_unload()" in error
-    with pytest.raises(UnsupportedError, match="target_parameters"):
-        export_adapter(tmp_path / "parameters", tmp_path / "exported")
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(folder: Path) -> None:
