@@ -1,5 +1,6 @@
 """accelerate: processes train what one does on the joint batch; weights that wait on the CPU come when needed."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 import ferrolora as fl
 from tiny import processes
@@ -85,6 +88,47 @@ def test_a_step_under_ddp_sends_the_adapters_gradients_and_by_default_the_buffer
     assert quiet == [{("allreduce", torch.float32): gradients}] * 2
     default = processes.call(__file__, "bytes_of_a_step", [True], tmp_path)
     assert default == [{("allreduce", torch.float32): gradients, **buffers}] * 2
+
+
+def losses_under_trainer(directory: Path) -> list[float]:
+    """In each process: transformers' Trainer on its share of batches of four rows; writes the adapter."""
+    torch.manual_seed(0)
+    model = llama()
+    fl.quantize_model(model)
+    adapted = fl.get_peft_model(model, fl.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]),
+        num_train_epochs=1,
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        ddp_broadcast_buffers=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(2))
+    trainer = Trainer(adapted, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer.train()
+    trainer.save_model(str(directory))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_in_two_processes_trains_as_in_one(tmp_path: Path) -> None:
+    seen = {}
+    for ranks in (1, 2):
+        arguments = [tmp_path / str(ranks)]
+        seen[ranks] = processes.call(__file__, "losses_under_trainer", arguments, tmp_path / "output", ranks)[0]
+    assert len(seen[1]) == 4
+    assert seen[2] == pytest.approx(seen[1], abs=2e-5)  # the roundings of `assert_trained_alike`
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scales", [False, True])
