@@ -19,7 +19,7 @@ from ferrolora.adapters.lora_config import LoraConfig
 from ferrolora.adapters.lora_layer import LoraLayer
 from ferrolora.adapters.rows import RowGroups
 from ferrolora.errors import UnsupportedError
-from ferrolora.nn.experts import PROJECTIONS, QuantExperts, experts_forward
+from ferrolora.nn.experts import PROJECTIONS, experts_forward
 from ferrolora.ops.linear import LowRank
 
 
@@ -152,9 +152,9 @@ class LoraExperts(LoraLayer):
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def float_weight(self) -> Tensor:
-        if isinstance(self.experts, QuantExperts):
-            return self.experts.dequantize(self.parameter_name, torch.float32)
-        return super().float_weight()
+        if self.writable:
+            return super().float_weight()
+        return cast(Tensor, cast(Any, self.experts).dequantize(self.parameter_name, torch.float32))
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:
@@ -174,9 +174,8 @@ class LoraExperts(LoraLayer):
     @torch.no_grad()
     def merged_module(self, names: Sequence[str], dtype: torch.dtype | None) -> nn.Module:
         """The float experts with the adapters `names` of this parameter and of those further in, rounded once."""
-        experts, chain = self.experts, self.chain()
-        packed = isinstance(experts, QuantExperts)
-        target = dtype or (sixteen_bit(experts) if packed else None)
+        experts, chain = cast(Any, self.experts), self.chain()
+        target = dtype or (None if self.writable else sixteen_bit(experts))
         weights: dict[str, Tensor] = {}
         for projection in PROJECTIONS:
             wrapper = chain.get(projection)
@@ -184,14 +183,14 @@ class LoraExperts(LoraLayer):
                 present = [name for name in names if name in wrapper.adapter_names()]
                 merged = wrapper.weight_with(present, wrapper.float_weight())
                 weights[projection] = merged.to(target or wrapper.weight.dtype)
-            elif isinstance(experts, QuantExperts):
+            elif not self.writable:
                 weights[projection] = experts.dequantize(projection, target)
-        if isinstance(experts, QuantExperts):
-            return experts.with_float(weights)
+        if not self.writable:
+            return cast(nn.Module, experts.with_float(weights))
         for projection, weight in weights.items():
-            old = experts.get_parameter(projection)
-            experts.register_parameter(projection, nn.Parameter(weight, old.requires_grad))
-        return experts
+            old = self.experts.get_parameter(projection)
+            self.experts.register_parameter(projection, nn.Parameter(weight, old.requires_grad))
+        return self.experts
 
 
 def wrap_parameters(module: nn.Module, names: Sequence[str], path: str) -> dict[str, LoraExperts]:

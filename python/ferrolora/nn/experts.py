@@ -38,12 +38,12 @@ _LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_pos
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether `module` holds float experts as `[E, N, K]` parameters behind transformers' experts interface."""
-    return all(hasattr(module, name) for name in _LAYOUT) and not isinstance(module, QuantExperts)
+    return hasattr(module, "has_bias") and hasattr(module, "is_transposed") and hasattr(module, PROJECTIONS[1])
 
 
 def check_layout(module: nn.Module, path: str) -> None:
     """Raises UnsupportedError unless fused experts have the layout of Mixtral's: gated, no bias, `[E, out, in]`."""
-    odd = {name: getattr(module, name) for name, value in _LAYOUT.items() if getattr(module, name) != value}
+    odd = {name: found for name, value in _LAYOUT.items() if (found := getattr(module, name, value)) != value}
     shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     if odd or set(shapes) != set(PROJECTIONS) or any(len(shape) != 3 for shape in shapes.values()):
         raise UnsupportedError(
@@ -117,7 +117,16 @@ class QuantExperts(nn.Module):
             self.register_buffer(f"{projection}_{part}", getattr(stack, part))
 
     def stack(self, projection: str) -> QuantStack:
-        """The weights of a projection, over the module's own tensors."""
+        """The weights of a projection, over the module's own tensors.
+
+        Raises:
+            UnsupportedError: something, as PEFT's target_parameters, computes a float weight in their place.
+        """
+        if hasattr(self, "parametrizations"):
+            raise UnsupportedError(
+                f"{projection}: the weights of packed experts cannot be parametrized, as peft's target_parameters does; "
+                "use ferrolora's LoraConfig(target_parameters=…), which reads and writes the same files"
+            )
         absmax, nested, offset = (getattr(self, f"{projection}_{part}") for part in _SCALES)
         codes = self.get_parameter(projection).detach()
         return QuantStack(codes, absmax, nested, offset, self.spec, self.shapes[projection], self.compute_dtype)

@@ -140,6 +140,12 @@ def test_we_load_pefts_file_and_compute_the_same(tmp_path: Path, make, modules) 
     assert sorted(before["target_modules"]) == sorted(after["target_modules"])
 
 
+def test_pefts_own_target_parameters_over_packed_experts_are_refused_with_the_mend() -> None:
+    model = peft.get_peft_model(base(fl.QuantSpec()), peft.LoraConfig(target_modules=[], target_parameters=BOTH))
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj.*LoraConfig\(target_parameters"):
+        logits(model)
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_it_trains_and_saves_and_comes_back_with_the_same_bits(tmp_path: Path, spec) -> None:
     model = fl.get_peft_model(base(spec), lora(target_modules=["q_proj"]))
