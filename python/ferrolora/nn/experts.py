@@ -124,7 +124,7 @@ class QuantExperts(nn.Module):
         """
         if hasattr(self, "parametrizations"):
             raise UnsupportedError(
-                f"{projection}: the weights of packed experts cannot be parametrized, as peft's target_parameters does; "
+                f"{projection}: packed experts cannot be parametrized, as peft's target_parameters does; "
                 "use ferrolora's LoraConfig(target_parameters=…), which reads and writes the same files"
             )
         absmax, nested, offset = (getattr(self, f"{projection}_{part}") for part in _SCALES)
@@ -245,7 +245,7 @@ def experts_forward(
 
 
 def _count(experts: nn.Module) -> int:
-    return experts.get_parameter(PROJECTIONS[0]).shape[0]
+    return experts.num_experts if isinstance(experts, QuantExperts) else experts.get_parameter(PROJECTIONS[0]).shape[0]
 
 
 def _product(
@@ -254,11 +254,13 @@ def _product(
     """Rows sorted by expert, `counts[e]` of them for each, to their products with its matrix: `[S, K]` → `[S, N]`."""
     if isinstance(experts, QuantExperts):
         stack = experts.stack(projection)
+        width = stack.shape[1]
 
         def one(x: Tensor, expert: int) -> Tensor:
             return linear(x, stack.expert(expert), None, None if lora is None else lora[expert])
     else:
         weights = experts.get_parameter(projection).unbind(0)
+        width = weights[0].shape[0]
 
         def one(x: Tensor, expert: int) -> Tensor:
             y = F.linear(x, weights[expert])
@@ -266,7 +268,7 @@ def _product(
 
     def product(x: Tensor) -> Tensor:
         parts = [one(rows, expert) for expert, rows in enumerate(torch.split(x, list(counts))) if len(rows)]
-        return torch.cat(parts) if parts else x.new_empty((0, experts.get_parameter(projection).shape[1]))
+        return torch.cat(parts) if parts else x.new_empty((0, width))
 
     return product
 
