@@ -52,14 +52,25 @@ def trec(file: Path, link: str) -> str:
 
 
 def loading(file: Path, link: str) -> str:
-    """Peak memory while a model loads."""
+    """Time and peak memory of loading a checkpoint, a line a way."""
     result = json.loads(file.read_text(encoding="utf-8"))
-    row = result["rows"]["nf4"]
-    return (
-        f"Loading a float32 model of {mb(result['rows']['float']['model_bytes'])} as NF4 ({mb(row['model_bytes'])}) "
-        f"takes {mb(row['peak_bytes'])} of memory at its peak and {mb(row['held_bytes'])} afterwards; the rest of the "
-        f"model is the file itself, mapped. `python benches/python/load_memory.py`; [{file.name}]({link})."
+    names = {
+        "float": "transformers, bfloat16",
+        "ferrolora": "transformers + ferrolora, NF4",
+        "bitsandbytes": "transformers + bitsandbytes, NF4",
+    }
+    rows = [
+        (names[kind], f"{row['seconds']:.2f} s", *(mb(row[key]) for key in ("peak_bytes", "held_bytes", "model_bytes")))
+        for kind, row in result["rows"].items()
+    ]
+    layers = result["model"]["num_hidden_layers"]
+    about = (
+        f"A Llama-shaped bfloat16 checkpoint of {layers} layers, {mb(result['rows']['float']['model_bytes'])} in shards: "
+        f"median time of {result['rounds']} loads, and anonymous memory at its peak and afterwards; tensors that are "
+        "not quantized stay in the mapped file."
     )
+    source = f"`python benches/python/load_memory.py`; {conditions(result['machine'])}; [{file.name}]({link})."
+    return table(("loading", "time", "peak memory", "held", "model"), rows) + f"\n\n{about} {source}"
 
 
 def train_steps(result: Result, file: Path, link: str) -> str:

@@ -1,41 +1,57 @@
-"""Peak memory while `from_pretrained` quantizes a model, against what the model then holds.
+"""Time and peak memory of loading a checkpoint of 1.1 B parameters into NF4, beside transformers + bitsandbytes.
 
-    python benches/python/load_memory.py [--out benches/results]
+    python benches/python/load_memory.py [--out benches/results] [--rounds 3] [--layers 22]
 
-A float32 model of about 230 MB is saved once, in shards, and loaded in fresh processes: in float, and quantized to NF4.
-Measured is anonymous memory (RssAnon of /proc), read by a thread every millisecond: pages of the mapped checkpoint file
-can be dropped by the system at any time and are not counted. Linux only.
+A Llama-shaped checkpoint in bfloat16 with random weights is written once, in shards of 500 MB; then each way loads it
+in a process of its own, in turns. Measured are wall time, anonymous memory (RssAnon of /proc, read by a thread every
+millisecond) and all resident memory, both above what the process had before; pages of the mapped checkpoint file count
+only in the second, since the system can drop them at any time. Linux only; 8 GB of memory and 3 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ferrolora.bench.machine import machine
 
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 4096}
+SIZES = {  # TinyLlama's: 1,100,048,384 parameters
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+SMALLER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+KINDS = ("float", "ferrolora", "bitsandbytes")
 
 
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no RssAnon: this bench runs on Linux")
+def resident_bytes() -> tuple[int, int]:
+    """(anonymous, all) resident memory of this process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    if "RssAnon" not in fields:
+        raise RuntimeError("/proc/self/status has no RssAnon: this bench runs on Linux")
+    anonymous, whole = (1024 * int(fields[name].split()[0]) for name in ("RssAnon", "VmRSS"))
+    return anonymous, whole
 
 
 class Peak:
-    """The most anonymous memory seen inside a `with` block, above what there was before it."""
+    """The most memory seen inside a `with` block, above what there was before it."""
 
     def __enter__(self) -> Peak:
-        self.before = self.most = anonymous_bytes()
+        self.before = resident_bytes()
+        self.most = list(self.before)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -43,62 +59,100 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            self.most = max(self.most, anonymous_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        self.most = [max(most, now) for most, now in zip(self.most, resident_bytes(), strict=True)]
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.after = anonymous_bytes()
+        self._look()
+        self.held = resident_bytes()[0] - self.before[0]
+        self.anonymous, self.resident = (most - was for most, was in zip(self.most, self.before, strict=True))
 
 
 def save(folder: str, **smaller: int) -> None:
+    """Writes a checkpoint with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(num_attention_heads=16, **SIZES | smaller)).save_pretrained(
-        folder, max_shard_size="50MB"
-    )
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | smaller, dtype=torch.bfloat16)
+    LlamaForCausalLM._from_config(config).save_pretrained(folder, max_shard_size="500MB")
 
 
-def load(folder: str, quantized: bool) -> dict[str, int]:
-    from transformers import AutoModelForCausalLM
+def options_of(kind: str) -> dict[str, Any]:
+    """What `from_pretrained` is given: both quantize to NF4 in blocks of 64 with double quantization."""
+    from transformers import BitsAndBytesConfig
 
     import ferrolora as fl
-    from ferrolora.train.memory import base_memory
 
-    options = {"quantization_config": fl.FerroloraConfig()} if quantized else {}
+    if kind == "float":
+        return {}
+    peer = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return {"quantization_config": fl.FerroloraConfig() if kind == "ferrolora" else peer}
+
+
+def load(folder: str, kind: str) -> dict[str, float]:
+    """Loads the checkpoint one way, in this process."""
+    from transformers import AutoModelForCausalLM
+
+    options = options_of(kind)
     with tempfile.TemporaryDirectory() as tiny:  # what the first load imports and starts is not the model's
-        save(tiny, hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
-        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, **options)
+        save(tiny, **SMALLER)
+        AutoModelForCausalLM.from_pretrained(tiny, **options)
     with Peak() as peak:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    largest = max(p.numel() * 4 for p in AutoModelForCausalLM.from_config(model.config).to("meta").parameters())
+        start = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        seconds = time.perf_counter() - start
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
+    stated = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).to("meta").parameters()
     return {
-        "model_bytes": base_memory(model).after,
-        "peak_bytes": peak.most - peak.before,
-        "held_bytes": peak.after - peak.before,
-        "largest_float_tensor_bytes": largest,
+        "seconds": seconds,
+        "model_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "peak_bytes": peak.anonymous,
+        "peak_resident_bytes": peak.resident,
+        "held_bytes": peak.held,
+        "largest_float_tensor_bytes": max(p.numel() * 2 for p in stated),
     }
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of the times, and the largest of everything else."""
+    most = {name: max(run[name] for run in runs) for name in runs[0]}
+    return {**most, "seconds": statistics.median(run["seconds"] for run in runs)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        folder, kind = arguments.worker
-        print(json.dumps(load(folder, quantized=kind == "nf4")))
+        print(json.dumps(load(*arguments.worker)))
         return
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        rows = {}
-        for kind in ("float", "nf4"):
-            command = [sys.executable, __file__, "--worker", folder, kind]
-            rows[kind] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            row = {name: f"{count / 1e6:.1f} MB" for name, count in rows[kind].items()}
-            print(kind, ", ".join(f"{name} {size}" for name, size in row.items()))
+        save(folder, num_hidden_layers=arguments.layers)
+        for _ in range(arguments.rounds):
+            for kind in KINDS:
+                command = [sys.executable, __file__, "--worker", folder, kind]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))  # other libraries print too
+    rows = {kind: summary(of_kind) for kind, of_kind in runs.items()}
+    for kind, row in rows.items():
+        sizes = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in row.items() if name != "seconds")
+        print(f"{kind}: {row['seconds']:.2f} s, {sizes}")
     if arguments.out is not None:
-        content = {"machine": machine(torch.get_num_threads()), "model": SIZES, "rows": rows}
+        model = SIZES | {"num_hidden_layers": arguments.layers}
+        content = {
+            "machine": machine(torch.get_num_threads()),
+            "model": model,
+            "rounds": arguments.rounds,
+            "rows": rows,
+        }
         (arguments.out / "load_memory.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
