@@ -12,7 +12,10 @@ import typer
 
 from ferrolora.cli.console import megabytes, print_json, print_table
 from ferrolora.io.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from ferrolora.nn.expert_stack import HEADER, PARTS, stack_from_state
+from ferrolora.nn.experts import PROJECTIONS
 from ferrolora.nn.quant_state import STATE_KEY, from_state
+from ferrolora.spec import QuantSpec
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -55,13 +58,18 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         for prefix in _quantized_prefixes(checkpoint.tensors):
             names = {name for name in checkpoint.tensors if name.startswith(prefix) and name != f"{prefix}bias"}
             packed = from_state({name: _header_or_meta(checkpoint, reader, name) for name in names}, prefix)
-            spec = packed.spec
-            codec = f"{spec.quant_type}, blocks of {spec.block_size}" if spec.is_4bit else spec.quant_type
-            codec += ", double quantization" if spec.double_quant else ""
             size = sum(checkpoint.tensors[name].nbytes for name in names)
-            _add(parts.setdefault(codec, Counter()), packed.numel(), size)
+            _add(parts.setdefault(_codec(packed.spec), Counter()), packed.numel(), size)
             claimed |= names
             layers[prefix.rstrip(".").rpartition(".")[2]] += 1
+        for weight in _packed_experts(checkpoint.tensors):
+            names = {f"{weight}_{part}" for part in (*PARTS, HEADER)} & set(checkpoint.tensors)
+            state = {name.removeprefix(f"{weight}_"): _header_or_meta(checkpoint, reader, name) for name in names}
+            stack = stack_from_state(state, weight)
+            size = sum(checkpoint.tensors[name].nbytes for name in names)
+            _add(parts.setdefault(_codec(stack.spec), Counter()), stack.numel(), size)
+            claimed |= names
+            layers[weight.rpartition(".")[2]] += 1
     for name, info in checkpoint.tensors.items():
         if name not in claimed:
             _add(parts.setdefault(_name(info.dtype), Counter()), info.numel, info.nbytes)
@@ -109,10 +117,21 @@ def _quantized_prefixes(names: Iterable[str]) -> list[str]:
     return found
 
 
+def _packed_experts(names: Iterable[str]) -> list[str]:
+    marks = tuple(f".{projection}_{HEADER}" for projection in PROJECTIONS)
+    return [name.removesuffix(f"_{HEADER}") for name in names if name.endswith(marks)]
+
+
+def _codec(spec: QuantSpec) -> str:
+    blocks = f", blocks of {spec.block_size}" if spec.is_4bit else ""
+    return spec.quant_type + blocks + (", double quantization" if spec.double_quant else "")
+
+
 def _header_or_meta(checkpoint: Checkpoint, reader: Any, name: str) -> torch.Tensor:
     """The JSON text of a quantization state itself; of anything else the type and shape, without its data."""
     info = checkpoint.tensors[name]
-    return reader[name] if STATE_KEY in name else torch.empty(info.shape, dtype=info.dtype, device="meta")
+    is_header = STATE_KEY in name or name.endswith(f"_{HEADER}")
+    return reader[name] if is_header else torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _adapted(name: str) -> str:

@@ -1,11 +1,13 @@
-"""Commands that work tensor by tensor refuse fused experts, and say what to do instead."""
+"""Fused experts on the command line: counted, or refused with what to do instead."""
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import ferrolora as fl
+from ferrolora.train.memory import base_memory
 from tiny.models import qwen3_moe
 
 
@@ -25,6 +27,16 @@ def test_quantize(cli, base: Path, tmp_path: Path) -> None:
     assert "from_pretrained" in refused.err
     assert "skipping 'experts'" in refused.err
     assert cli("quantize", base, tmp_path / "out", "--skip", "experts").status == 0
+
+
+def test_inspect_counts_packed_experts_in_weights(cli, base: Path, tmp_path: Path) -> None:
+    load(base).save_pretrained(tmp_path / "packed")
+    content = json.loads(cli("inspect", tmp_path / "packed", "--json").out)
+    memory = base_memory(load(base))
+    (packed,) = [part for part in content["parts"] if part["what"].startswith("nf4")]
+    assert packed["parameters"] == memory.linear_parameters
+    assert content["quantized_layers"]["gate_up_proj"] == content["quantized_layers"]["down_proj"] == 2
+    assert all(part["what"] in ("float32", packed["what"]) for part in content["parts"])
 
 
 def test_merge_of_an_adapter_on_experts(cli, base: Path, tmp_path: Path) -> None:
