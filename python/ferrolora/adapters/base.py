@@ -92,6 +92,15 @@ class AdapterLayer(nn.Module, ABC):
         """The base bias, or None."""
         return getattr(self.base_layer, "bias", None)
 
+    def __getattr__(self, name: str) -> Any:
+        """`stride`, `in_channels`, `embedding_dim`, … of the module inside: models read them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":  # hooks of the base are not ours; not there yet
+                raise
+            return getattr(self.base_layer, name)
+
     @property
     def merged(self) -> bool:
         """Whether any adapter is merged."""

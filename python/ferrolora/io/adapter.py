@@ -75,11 +75,15 @@ def read_tensors(directory: str | PathLike[str]) -> dict[str, torch.Tensor]:
     raise FormatError(f"{directory} holds no {WEIGHTS_NAME} (and no {PICKLED_WEIGHTS_NAME})")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes safetensors with metadata {"format": "pt"}. The format knows no sharing: shared tensors are copied."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes safetensors with {"format": "pt"} and `metadata` in the header.
+
+    The format knows no sharing: shared tensors are copied.
+    """
     seen: set[int] = set()
     detached = {key: _exclusive(tensor, seen) for key, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(detached, temporary, metadata={"format": "pt"}))
+    header = {"format": "pt", **(metadata or {})}
+    replace_file(path, lambda temporary: save_file(detached, temporary, metadata=header))
 
 
 def write_adapter(

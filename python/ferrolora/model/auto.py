@@ -1,5 +1,6 @@
 """`AutoPeftModelFor…`: an adapter together with the base model that its configuration names."""
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -45,12 +46,12 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path}: adapter_config.json names no base_model_name_or_path; "
                 "load the base yourself and call PeftModel.from_pretrained(base, …)"
             )
-        base_class = cls._base_class(config, pretrained_model_name_or_path)
+        base_class = cls._base_class(config, pretrained_model_name_or_path, kwargs)
         base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
         return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, **hub)
 
     @classmethod
-    def _base_class(cls, config: PeftConfig, where: str | PathLike[str]) -> Any:
+    def _base_class(cls, config: PeftConfig, where: str | PathLike[str], options: Mapping[str, Any]) -> Any:
         import transformers
 
         task = TaskType(config.task_type) if config.task_type is not None else None
@@ -59,6 +60,8 @@ class AutoPeftModel:
             name = config.auto_mapping.get("base_model_class")
         if name is None or not hasattr(transformers, name):
             raise FormatError(f"{where}: neither task_type nor auto_mapping names a class of transformers ({name!r})")
+        if name in _ALSO:
+            name = _that_knows(config, (name, _ALSO[name]), options)
         return getattr(transformers, name)
 
 
@@ -106,3 +109,28 @@ _AUTO_CLASS_OF_TASK = {
     TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
     TaskType.FEATURE_EXTRACTION: "AutoModel",
 }
+
+# transformers registers models that read sounds or pictures and write text under classes of their own.
+_ALSO = {"AutoModelForSeq2SeqLM": "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM": "AutoModelForImageTextToText"}
+_MODELS_OF = {
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+}
+
+
+def _that_knows(config: PeftConfig, names: tuple[str, str], options: Mapping[str, Any]) -> str:
+    """The first of two automatic classes that has a model for the base's configuration; else the first."""
+    import transformers
+
+    base = options.get("config")
+    if base is None:
+        own = {
+            key: options[key]
+            for key in ("token", "cache_dir", "local_files_only", "trust_remote_code")
+            if key in options
+        }
+        base = transformers.AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision, **own)
+    known = [name for name in names if type(base) in getattr(transformers, _MODELS_OF[name])]
+    return known[0] if known else names[0]

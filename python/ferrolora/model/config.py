@@ -9,6 +9,7 @@ from ferrolora.adapters.config import ModuleConfig, PeftConfig, TaskType
 from ferrolora.adapters.ia3 import IA3Config
 from ferrolora.adapters.prompt_base import PromptLearningConfig
 from ferrolora.model.ia3_targets import fill_targets
+from ferrolora.model.origin import name_or_path
 from ferrolora.model.prompt_sizes import fill_sizes
 from ferrolora.model.targets import TASK_HEADS
 
@@ -19,12 +20,12 @@ def config_for(model: nn.Module, config: ConfigT) -> ConfigT:
     """A copy of `config` with what the model settles: where the base came from, and the heads its task trains.
 
     Args:
-        model: the base model; `config.name_or_path` of a transformers model is recorded.
+        model: the base model; the directory or repository it came from is recorded.
         config: the caller's configuration, left as it is.
     """
     concrete = copy.deepcopy(config)
     if concrete.base_model_name_or_path is None:
-        concrete.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        concrete.base_model_name_or_path = name_or_path(model)
     if isinstance(concrete, IA3Config):
         fill_targets(model, concrete)
     heads = TASK_HEADS.get(TaskType(concrete.task_type), ()) if concrete.task_type is not None else ()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ferrolora.adapters.base import WeightSource
 from ferrolora.errors import FormatError
+from ferrolora.model.origin import name_or_path
 
 _WHERE = "give the checkpoint the model was quantized from as float_weights=…"
 
@@ -17,12 +18,12 @@ class FloatWeights:
     """Finds the float weight of a module by its path.
 
     Args:
-        model: the model; its own `name_or_path` is where the weights are looked for by default.
-        where: a directory of safetensors files, or a mapping of tensors by name. Default None: `model.name_or_path`.
+        model: the model; where it came from is where the weights are looked for by default.
+        where: a directory of safetensors files, or a mapping of tensors by name. Default None: where `model` came from.
     """
 
     def __init__(self, model: nn.Module, where: str | PathLike[str] | Mapping[str, Tensor] | None = None) -> None:
-        self._where = where if where is not None else getattr(model, "name_or_path", None)
+        self._where = where if where is not None else name_or_path(model)
         self._files: dict[str, Path] | None = None
 
     def source(self, path: str) -> WeightSource:

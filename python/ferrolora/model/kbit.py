@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def prepare_model_for_kbit_training(
@@ -32,12 +32,15 @@ def prepare_model_for_kbit_training(
 
 
 def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Turns on gradient checkpointing by the name this release of transformers has for it, if the model has one."""
+    """Turns on gradient checkpointing by the name the model has for it, if it has one."""
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         enable = getattr(model, name, None)
         if callable(enable):
             enable(kwargs)
             return
+    enable = getattr(model, "enable_gradient_checkpointing", None)  # models of diffusion take the function itself
+    if callable(enable):
+        enable(lambda module, *inputs: checkpoint(module, *inputs, **kwargs))
 
 
 def is_checkpointing(model: nn.Module) -> bool:
@@ -46,17 +49,25 @@ def is_checkpointing(model: nn.Module) -> bool:
 
 
 def require_input_grads(model: nn.Module) -> None:
-    """Makes the embedding's output require a gradient: a checkpointed block is skipped when none of its inputs does."""
-    enable = getattr(model, "enable_input_require_grads", None)
-    if callable(enable):
-        enable()
-        return
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    if isinstance(embedding, nn.Module):
+    """Makes what the embeddings put out require a gradient: a checkpointed block is skipped when no input of it does.
+
+    Every embedding that a part of the model names, of pixels and sounds too; some put out a tuple (Swin).
+    """
+    named = {id(found): found for found in map(_input_embedding, model.modules()) if found is not None}
+    for embedding in named.values():
         embedding.register_forward_hook(_require_grad)
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    if isinstance(output, torch.Tensor):
-        output.requires_grad_(True)
+def _input_embedding(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_input_embeddings", None)
+    try:
+        found = find() if callable(find) else None
+    except NotImplementedError:  # so transformers says that a model has none
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Any) -> None:
+    for value in output if isinstance(output, tuple) else (output,):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_(True)
