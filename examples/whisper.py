@@ -31,7 +31,7 @@ def main(output: str) -> None:
     torch.manual_seed(0)
     extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     tokens = {"pad_token_id": END, "eos_token_id": END, "bos_token_id": START, "decoder_start_token_id": START}
-    sizes = {"d_model": 32, "vocab_size": 8, "num_mel_bins": 16, "max_source_positions": 50}
+    sizes = {"d_model": 48, "vocab_size": 8, "num_mel_bins": 16, "max_source_positions": 50}
     config = transformers.WhisperConfig(**sizes, **tokens, encoder_layers=1, decoder_layers=1, init_std=0.2)
     transformers.WhisperForConditionalGeneration(config).save_pretrained(output)
 

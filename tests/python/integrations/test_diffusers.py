@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,17 @@ from tiny.methods import perturb
 
 LATENTS = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
 WORDS = torch.linspace(-1, 1, 2 * 5 * 32).view(2, 5, 32)
+EXAMPLES = Path(__file__).parents[3] / "examples"
 POOLED = torch.linspace(-1, 1, 2 * 16).view(2, 16)
 TIMES = torch.tensor([3, 500])
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: Any) -> Any:
+    """Models this small lose time on several, most of all beside other work."""
+    with threads(1):
+        yield
 
 
 def unet() -> nn.Module:
@@ -295,3 +306,16 @@ def test_a_file_for_something_else_is_refused(tmp_path: Path) -> None:
         load_lora_weights(smaller, tmp_path)
     with pytest.raises(fl.UnsupportedError, match="by its name in the pipeline"):
         save_lora_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dreambooth_unet", "dreambooth_dit"])
+def test_the_example_learns_and_a_pipeline_draws_with_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert (tmp_path / WEIGHT_NAME).is_file()
+    printed = capsys.readouterr().out
+    losses = [float(found) for found in re.findall(r"loss ([0-9.]+)", printed)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert "drew latents [1, 4, 8, 8]" in printed

@@ -1,7 +1,10 @@
-"""Pictures and sounds: transformers' models loaded in 4 bits, trained by adapters, saved, loaded again, run by the Trainer."""
+"""Pictures and sounds: transformers' models loaded in 4 bits, trained, saved, loaded again, run by the Trainer."""
 
+import re
+import runpy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,7 @@ CASES = {
     ),
     "PaliGemma": Case(paligemma, lambda: WITH_IMAGE, tf.AutoModelForImageTextToText, {"lm_head"}),
 }
+EXAMPLES = Path(__file__).parents[3] / "examples"
 QUANTIZED = {"quantization_config": fl.FerroloraConfig()}
 
 
@@ -210,9 +214,12 @@ def test_a_checkpoint_loads_in_4_bits_is_saved_trained_and_loaded_again_bit_for_
     assert torch.equal(logits(again, batch), logits(model, batch))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("name", ["ViT", "Whisper", "LLaVA"])
 def test_peft_reads_our_file_and_computes_the_same(name: str, tmp_path: Path) -> None:
     case = CASES[name]
+    if name == "Whisper":  # its encoder reads the stride of a convolution, which PEFT's wrapper does not show
+        case = replace(case, targets=["q_proj", "v_proj", "fc1"])
     case.make().save_pretrained(tmp_path / "float")
     model = with_adapter(case, case.auto.from_pretrained(tmp_path / "float", **QUANTIZED))
     perturb(model)
@@ -240,7 +247,7 @@ def test_the_trainer_passes_pictures_and_sounds_on(name: str, tmp_path: Path) ->
         logging_steps=1,
         save_steps=8,
         use_cpu=True,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         dataloader_pin_memory=False,
         report_to="none",
         disable_tqdm=True,
@@ -265,3 +272,17 @@ def test_whisper_generates_with_the_adapter() -> None:
         start = torch.full((2, 1), model.config.decoder_start_token_id)
         first = model(input_features=features, decoder_input_ids=start).logits[:, -1].argmax(-1)
     assert torch.equal(written[:, -4:][:, 0], first)
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper", "vlm"])
+def test_the_example_learns(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    losses = [float(found) for found in re.findall(r"loss'?:? '?([0-9.]+)", printed)]
+    assert losses[-1] < 0.5 * losses[0]
+    if name == "vit":  # guessing gives 25
+        assert int(re.findall(r"answers (\d+) of 100", printed)[0]) > 60
