@@ -36,7 +36,7 @@ def main(output: str) -> None:
     transformers.WhisperForConditionalGeneration(config).save_pretrained(output)
 
     base = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(output, quantization_config=fl.FerroloraConfig())
-    config = fl.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_2_SEQ_LM")
+    config = fl.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     model = fl.get_peft_model(base, config)
     model.print_trainable_parameters()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -131,6 +131,7 @@ def _that_knows(config: PeftConfig, names: tuple[str, str], options: Mapping[str
             for key in ("token", "cache_dir", "local_files_only", "trust_remote_code")
             if key in options
         }
-        base = transformers.AutoConfig.from_pretrained(str(config.base_model_name_or_path), revision=config.revision, **own)
+        name = str(config.base_model_name_or_path)
+        base = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **own)
     known = [name for name in names if type(base) in getattr(transformers, _MODELS_OF[name])]
     return known[0] if known else names[0]
