@@ -65,9 +65,9 @@ def loading(file: Path, link: str) -> str:
     ]
     layers = result["model"]["num_hidden_layers"]
     about = (
-        f"A Llama-shaped bfloat16 checkpoint of {layers} layers, {mb(result['rows']['float']['model_bytes'])} in shards: "
-        f"median time of {result['rounds']} loads, and anonymous memory at its peak and afterwards; tensors that are "
-        "not quantized stay in the mapped file."
+        f"A Llama-shaped bfloat16 checkpoint of {layers} layers, {mb(result['rows']['float']['model_bytes'])} in "
+        f"shards: median time of {result['rounds']} loads, and anonymous memory at its peak and afterwards; tensors "
+        "that are not quantized stay in the mapped file."
     )
     source = f"`python benches/python/load_memory.py`; {conditions(result['machine'])}; [{file.name}]({link})."
     return table(("loading", "time", "peak memory", "held", "model"), rows) + f"\n\n{about} {source}"

@@ -93,6 +93,15 @@ def options_of(kind: str) -> dict[str, Any]:
     return {"quantization_config": fl.FerroloraConfig() if kind == "ferrolora" else peer}
 
 
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all tensors, with the scales that bitsandbytes keeps in objects beside its parameters."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in (getattr(parameter, "quant_state", None) for parameter in model.parameters()):
+        if state is not None:
+            tensors += [state.absmax, *([] if state.state2 is None else [state.state2.absmax])]
+    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+
+
 def load(folder: str, kind: str) -> dict[str, float]:
     """Loads the checkpoint one way, in this process."""
     from transformers import AutoModelForCausalLM
@@ -105,11 +114,10 @@ def load(folder: str, kind: str) -> dict[str, float]:
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         seconds = time.perf_counter() - start
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
     stated = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).to("meta").parameters()
     return {
         "seconds": seconds,
-        "model_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "model_bytes": model_bytes(model),
         "peak_bytes": peak.anonymous,
         "peak_resident_bytes": peak.resident,
         "held_bytes": peak.held,
