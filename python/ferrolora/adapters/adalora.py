@@ -1,20 +1,18 @@
 """AdaLoRA: a delta in the form of a singular value decomposition, whose rank goes where it matters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ferrolora.adapters.base import AdapterLayer, WeightSource, adapter_dtype
 from ferrolora.adapters.config import PeftConfig, PeftType, check_rank, pattern_value
-from ferrolora.adapters.lora import is_transposed_linear, linear_features, refuse_uncalled
+from ferrolora.adapters.lora import is_transposed_linear, refuse_uncalled
 from ferrolora.adapters.lora_config import LoraConfig
-from ferrolora.adapters.lora_layer import LowRankBase
+from ferrolora.adapters.low_rank_linear import LowRankLinear
 from ferrolora.errors import TargetError, UnsupportedError
-from ferrolora.ops.linear import LowRank
 
 _EPSILON = 1e-5  # keeps the scaling of a module whose rank went to zero finite; PEFT's value
 
@@ -86,19 +84,15 @@ def wrap(module: nn.Module, path: str, config: PeftConfig | None = None) -> Adap
     raise TargetError(f"{path} is a {type(module).__name__}; AdaLoRA adapts nn.Linear and Conv1D")
 
 
-class AdaLoraLayer(AdapterLayer):
+class AdaLoraLayer(LowRankLinear):
     """y = base(x) + Σ B·((A⊙E)·drop(x))·alpha/(ranknum + 1e-5) over the adapters; ranknum is the rank at the start."""
 
     containers = ("lora_A", "lora_B", "lora_E")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.transposed = is_transposed_linear(base_layer)
-        self.in_features, self.out_features = linear_features(base_layer)
         for container in self.containers:
             self.add_module(container, nn.ParameterDict())
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
 
     def add_adapter(
         self, name: str, config: PeftConfig, path: str, autocast_dtype: bool, source: WeightSource | None = None
@@ -121,37 +115,10 @@ class AdaLoraLayer(AdapterLayer):
         for container, values in zip(self.containers, (a, b, e), strict=True):
             self.entries(container)[name] = nn.Parameter(values.to(self.weight.device, dtype))
 
-    def delete_adapter(self, name: str) -> None:
-        super().delete_adapter(name)
-        self.scaling.pop(name, None)
-        self.lora_dropout.pop(name, None)
-
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A⊙E [r, in], B [out, r])."""
         a, b, e = (self.entry(container, name) for container in self.containers)
         return a * e, b
-
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """x [..., in] → [..., out] in the type of the base's own output."""
-        if len(names) == 1 and hasattr(self.base_layer, "forward_with_low_rank"):
-            dropout = self.lora_dropout[names[0]] if self.training else 0.0
-            low_rank = LowRank(*self.factors(names[0]), self.scaling[names[0]], dropout)
-            return cast(LowRankBase, self.base_layer).forward_with_low_rank(x, low_rank)
-        base: Tensor = self.base_layer(x)
-        y = base
-        for name in names:
-            a, b = self.factors(name)
-            dropped = F.dropout(x.to(a.dtype), self.lora_dropout[name], self.training)
-            y = y + F.linear(F.linear(dropped, a), b) * self.scaling[name]
-        return y.to(base.dtype)
-
-    def weight_with(self, names: Sequence[str], weight: Tensor) -> Tensor:
-        total = weight.clone()
-        for name in names:
-            a, b = (factor.detach() for factor in self.factors(name))
-            delta = (b @ a) * self.scaling[name]
-            total += delta.T if self.transposed else delta
-        return total
 
     def penalty(self, name: str) -> list[Tensor]:
         """‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ (Frobenius)."""

@@ -1,8 +1,8 @@
 """AdaMix: several copies of LoRA's matrices, one of each in a step; their mean in the end."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,10 @@ from ferrolora.adapters.base import AdapterLayer, WeightSource, adapter_dtype
 from ferrolora.adapters.config import PeftConfig, PeftType, pattern_value
 from ferrolora.adapters.init import initializer
 from ferrolora.adapters.init.start import Start
-from ferrolora.adapters.lora import is_transposed_linear, linear_features, refuse_uncalled
+from ferrolora.adapters.lora import is_transposed_linear, refuse_uncalled
 from ferrolora.adapters.lora_config import LoraConfig
-from ferrolora.adapters.lora_layer import LowRankBase
+from ferrolora.adapters.low_rank_linear import LowRankLinear
 from ferrolora.errors import TargetError, UnsupportedError
-from ferrolora.ops.linear import LowRank
 
 
 @dataclass
@@ -67,18 +66,15 @@ def wrap(module: nn.Module, path: str, config: PeftConfig | None = None) -> Adap
     raise TargetError(f"{path} is a {type(module).__name__}; AdaMix adapts nn.Linear and Conv1D")
 
 
-class AdaMixLayer(AdapterLayer):
+class AdaMixLayer(LowRankLinear):
     """y = base(x) + Σ s·B_j(A_i(drop(x))) over the adapters, with `adamix_A` [M, r, in] and `adamix_B` [M, out, r]."""
 
     containers = ("adamix_A", "adamix_B")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.transposed = is_transposed_linear(base_layer)
         self.adamix_A = nn.ParameterDict()
         self.adamix_B = nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
         self.picks: dict[str, tuple[int, int]] = {}
 
     def add_adapter(
@@ -91,7 +87,7 @@ class AdaMixLayer(AdapterLayer):
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.scaling[name] = alpha / r**0.5 if config.use_rslora else alpha / r
         self.lora_dropout[name] = config.lora_dropout
-        into, out = linear_features(self.base_layer)
+        into, out = self.in_features, self.out_features
         # All copies start alike and part by what they are picked for: the mean of unrelated matrices would be no use.
         one_a, one_b = 0.02 * torch.randn(r, into), 0.02 * torch.randn(out, r)
         start = Start(one_a, one_b, self.scaling[name], config.init_lora_weights, self.float_weight, torch.clone)
@@ -103,8 +99,7 @@ class AdaMixLayer(AdapterLayer):
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
-        for values in (self.scaling, self.lora_dropout, self.picks):
-            values.pop(name, None)
+        self.picks.pop(name, None)
 
     def pick(self, name: str) -> None:
         """Chooses, by torch's generator, which A and which B the next training passes use."""
@@ -118,29 +113,10 @@ class AdaMixLayer(AdapterLayer):
         if self.training and name in self.picks and not self.merged:
             i, j = self.picks[name]
             return a[i], b[j]
-        return a.mean(0), b.mean(0)
+        return self.merged_factors(name)
 
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """x [..., in] → [..., out] in the type of the base's own output."""
-        if len(names) == 1 and hasattr(self.base_layer, "forward_with_low_rank"):
-            dropout = self.lora_dropout[names[0]] if self.training else 0.0
-            low_rank = LowRank(*self.factors(names[0]), self.scaling[names[0]], dropout)
-            return cast(LowRankBase, self.base_layer).forward_with_low_rank(x, low_rank)
-        base: Tensor = self.base_layer(x)
-        y = base
-        for name in names:
-            a, b = self.factors(name)
-            dropped = F.dropout(x.to(a.dtype), self.lora_dropout[name], self.training)
-            y = y + F.linear(F.linear(dropped, a), b) * self.scaling[name]
-        return y.to(base.dtype)
-
-    def weight_with(self, names: Sequence[str], weight: Tensor) -> Tensor:
-        total = weight.clone()
-        for name in names:
-            a, b = self.entry("adamix_A", name).detach().mean(0), self.entry("adamix_B", name).detach().mean(0)
-            delta = (b @ a) * self.scaling[name]
-            total += delta.T if self.transposed else delta
-        return total
+    def merged_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.entry("adamix_A", name).mean(0), self.entry("adamix_B", name).mean(0)
 
     def to_file(self, name: str, tensors: dict[str, Tensor], config: PeftConfig, path: str) -> dict[str, Tensor]:
         """The means under LoRA's keys."""
