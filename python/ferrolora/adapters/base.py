@@ -175,7 +175,8 @@ class AdapterLayer(nn.Module, ABC):
     @property
     def writable(self) -> bool:
         """Whether the base weight is an ordinary float tensor, into which a delta can be added."""
-        return self.weight.is_floating_point() and self.weight.itemsize > 1
+        packed = hasattr(self.base_layer, "dequantize")
+        return not packed and self.weight.is_floating_point() and self.weight.itemsize > 1
 
     @torch.no_grad()
     def merge(self, names: Sequence[str]) -> None:
@@ -272,7 +273,7 @@ def dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
         UnsupportedError: the module offers no `dequantize`.
     """
     dequantize: Callable[[torch.dtype], Tensor] | None = getattr(module, "dequantize", None)
-    if not isinstance(module, nn.Linear) or dequantize is None or module.weight.is_floating_point():
+    if not isinstance(module, nn.Linear) or dequantize is None:
         raise UnsupportedError(f"a {type(module).__name__} offers no dequantize(), so nothing can be merged into it")
     with torch.device("meta"):
         dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)

@@ -1,19 +1,46 @@
-"""PEFT's own models over packed layers: LoRA in one fused operation, and merging that is exact or refused.
+"""PEFT's own models over packed layers: every method, LoRA in one fused operation, merging that is exact or refused.
 
-PEFT's methods run over a `QuantLinear` by themselves; this module is for their speed and for merging.
+`prepare(base)` goes before `get_peft_model`, `accelerate(model)` after it.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ferrolora.errors import UnsupportedError
-from ferrolora.nn import QuantLinear
+from ferrolora.model.peft_model import PeftModel
+from ferrolora.nn import QuantLinear, read_as_float
 from ferrolora.ops.linear import LowRank
+
+
+def prepare(base: nn.Module) -> int:
+    """Let PEFT see float weights where `base` has packed ones, so that all its methods work over them.
+
+    Without it LoRA, IA3, OFT and others that only call their base layer work too; methods that ask for the weight's
+    shape, type or values (LoHa, LoKr, DeLoRA, HRA, SHiRA, …) fail. The weight is decoded at each use. The parameters
+    of the model, its files and its memory stay as they are. accelerate's offloading does not work afterwards.
+
+    Args:
+        base: the model, before `get_peft_model`.
+
+    Returns:
+        How many packed layers it has.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    count = read_as_float(base)
+    if count == 0:
+        raise UnsupportedError(
+            f"{type(base).__name__} has no QuantLinear; load it with FerroloraConfig, or call quantize_model first"
+        )
+    return count
 
 
 def accelerate(model: Any) -> int:
@@ -32,7 +59,8 @@ def accelerate(model: Any) -> int:
         How many layers over a packed weight the model has now that are accelerated or safe to merge.
 
     Raises:
-        UnsupportedError: the model has no PEFT layer over a packed weight.
+        UnsupportedError: the model has no PEFT layer over a packed weight, or a method cast its tensors to the type of
+            the codes, which `prepare` avoids.
     """
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,6 +69,7 @@ def accelerate(model: Any) -> int:
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer) or not isinstance(layer.get_base_layer(), QuantLinear):
             continue
+        _refuse_cast_adapters(layer)
         kind: Any = type(layer)
         if not issubclass(kind, _SafeMerge):
             layer.__class__ = _fused(kind) if kind is LoraLinear else _safe(kind)
@@ -51,6 +80,52 @@ def accelerate(model: Any) -> int:
             "quantize_model, before get_peft_model"
         )
     return count
+
+
+def to_peft(model: PeftModel) -> Any:
+    """The same base with the same adapters as a `peft.PeftModel`, accelerated: for trainers that accept nothing else.
+
+    The base is shared, the adapters' values are copied in the format of PEFT's files; `model` is empty afterwards.
+    The active adapter can be trained. A method that writes another's files (AdaMix) becomes that other.
+
+    Args:
+        model: ours; not merged, with one active adapter.
+
+    Raises:
+        UnsupportedError: several adapters are active, or none.
+    """
+    import peft
+
+    if len(model.active_adapters) != 1:
+        raise UnsupportedError(f"to_peft needs exactly one active adapter, not {model.active_adapters}")
+    active, names = model.active_adapter, list(model.peft_config)
+    with TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        folders = {name: Path(directory) if name == "default" else Path(directory, name) for name in names}
+        base: Any = model.unload()
+        packed = any(isinstance(module, QuantLinear) for module in base.modules())
+        if packed:
+            prepare(base)
+        made = peft.PeftModel.from_pretrained(base, folders[active], active, is_trainable=True)
+        for name in names:
+            if name != active:
+                made.load_adapter(folders[name], name)
+    if packed and not made.peft_config[active].is_prompt_learning:
+        accelerate(made)
+    return made
+
+
+def _refuse_cast_adapters(layer: Any) -> None:
+    """UniLoRA takes the type of the base weight for its own; in int8 nothing of it is left."""
+    base = layer.get_base_layer()
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):
+        entries: Any = getattr(layer, name, None)
+        for key in entries.keys() if hasattr(entries, "keys") else ():
+            if getattr(entries[key], "dtype", None) == base.codes.dtype and not base.reads_as_float:
+                raise UnsupportedError(
+                    f"{type(layer).__module__} stores {name}[{key!r}] as {base.codes.dtype}, the type of the packed "
+                    "weight; call prepare(base) before get_peft_model"
+                )
 
 
 class _SafeMerge:

@@ -2,15 +2,15 @@
 
 from torch import nn
 
-from ferrolora.nn.experts import QuantExperts
+from ferrolora.nn import QuantExperts, QuantLinear
 
 
 def logical_numel(model: nn.Module) -> dict[int, int]:
     """{id of a parameter: how many values it stands for}; of a packed weight its float shape's."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            counts[id(module.weight)] = module.out_features * module.in_features
+        if isinstance(module, QuantLinear):
+            counts[id(module.codes)] = module.out_features * module.in_features
         elif isinstance(module, QuantExperts):
             counts.update({id(module.get_parameter(name)): shape.numel() for name, shape in module.shapes.items()})
     return counts

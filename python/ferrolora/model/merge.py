@@ -9,7 +9,7 @@ from ferrolora.adapters.base import AdapterLayer, dense_linear, sixteen_bit
 from ferrolora.model.conv1d import conv1d_paths, restore_conv1d
 from ferrolora.model.inject import replace_module, wrappers
 from ferrolora.model.reversible import remove_stacks
-from ferrolora.nn.experts import QuantExperts
+from ferrolora.nn import QuantExperts, QuantLinear
 
 # Attributes by which transformers knows that a model is quantized.
 _QUANTIZED_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
@@ -62,7 +62,8 @@ def unload(model: nn.Module) -> nn.Module:
 
 def packed_linears(model: nn.Module) -> list[nn.Linear]:
     """The linear layers whose weight is not float."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.is_floating_point()]
+    packed = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return [m for m in packed if isinstance(m, QuantLinear) or not m.weight.is_floating_point()]
 
 
 def packed_experts(model: nn.Module) -> list[QuantExperts]:

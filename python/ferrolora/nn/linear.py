@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ferrolora.errors import FormatError, ShapeError
+from ferrolora.errors import FormatError, ShapeError, UnsupportedError
 from ferrolora.nn.quant_state import from_state, read_spec, state_keys, to_state
 from ferrolora.nn.scales import types_kept
+from ferrolora.nn.weight_view import FloatReading, PackedCodes
 from ferrolora.ops.linear import LowRank, linear_packed
 from ferrolora.ops.linear_group import Packed
 from ferrolora.ops.quantize import quantize
@@ -35,10 +36,13 @@ class QuantLinear(nn.Linear):
             a model then put one back. Default False.
 
     The tensors are not initialised: use `from_linear`, `from_quant_tensor` or `load_state_dict`.
-    The weight is a frozen parameter of packed codes; its scales are buffers, whose type never follows `.to(dtype)`.
+    The parameter named "weight" is plain packed codes, frozen; its scales are buffers, whose type never follows
+    `.to(dtype)`. What `layer.weight` gives can be read and moved like it, but neither written to nor computed with;
+    after `read_as_float(model)` it is a float tensor `[N, K]` to read.
     """
 
     conv1d: bool = False
+    reads_as_float = False
     weight_absmax: Tensor
     weight_nested_absmax: Tensor | None
     weight_offset: Tensor | None
@@ -98,14 +102,49 @@ class QuantLinear(nn.Linear):
         return layer
 
     @property
+    def codes(self) -> nn.Parameter:
+        """The registered parameter "weight" itself: packed codes."""
+        if "weight" not in self._parameters:
+            raise AttributeError("this QuantLinear has no weight yet")
+        codes = self._parameters["weight"]  # not get(): a sharded model gathers here
+        assert codes is not None
+        alias: Any = codes  # `weight` gives no Parameter, but says that it is one
+        if type(alias) is PackedCodes:  # put into `_parameters` by code that took it from `weight`
+            codes = self._parameters["weight"] = alias.parameter()
+        return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as other libraries may use it: see `ferrolora.nn.weight_view`."""
+        if self.reads_as_float:
+            return FloatReading.of(self.quant_tensor())
+        codes = self.codes
+        return PackedCodes.over(codes) if type(codes) is nn.Parameter else codes  # sharded, fake: torch's own
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """For a parameter nn.Module's assignment comes before this one."""
+        raise TypeError(f"the weight of a QuantLinear must be an nn.Parameter of packed codes, not {type(value)}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's, which `layer.weight = …` calls too; a float weight is refused."""
+        if name == "weight" and param is not None and (param.is_floating_point() or param.is_complex()):
+            raise UnsupportedError(
+                f"the weight of a QuantLinear is packed codes, not {param.dtype} {list(param.shape)}; quantize it with "
+                "QuantLinear.from_linear or with_weight, or put an nn.Linear in the place of the layer"
+            )
+        given: Any = param
+        super().register_parameter(name, given.parameter() if type(given) is PackedCodes else given)
+
+    @property
     def W_q(self) -> Tensor:
         """The packed weight, under the name by which PEFT finds layers that offer `dequantize()`."""
-        return self.weight
+        return self.codes
 
     def quant_tensor(self) -> QuantTensor:
         """The weight as a QuantTensor over the layer's own tensors."""
         return QuantTensor(
-            self.weight.detach(),
+            self.codes.detach(),
             self.weight_absmax,
             self.weight_nested_absmax,
             self.weight_offset,
@@ -120,7 +159,7 @@ class QuantLinear(nn.Linear):
 
     def with_weight(self, weight: Tensor) -> "QuantLinear":
         """A layer like this one over another float weight `[N, K]`, quantized the same way; the bias is shared."""
-        qt = quantize(weight.detach().to(self.weight.device).contiguous(), self.spec)
+        qt = quantize(weight.detach().to(self.codes.device).contiguous(), self.spec)
         layer = type(self).from_quant_tensor(qt, self.bias)
         layer.compute_dtype, layer.conv1d = self.compute_dtype, self.conv1d
         return layer.train(self.training)
@@ -136,7 +175,7 @@ class QuantLinear(nn.Linear):
     def packed(self, lora: LowRank | None) -> Packed:
         """Its part in a `linear_group`, for layers that share x."""
         return Packed(
-            self.weight,
+            self.codes,
             self.weight_absmax,
             self.weight_nested_absmax,
             self.weight_offset,
@@ -162,12 +201,12 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         with types_kept(self, _SCALES, fn):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        self.compute_dtype = fn(torch.empty(1, dtype=self.compute_dtype, device=self.codes.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         state = to_state(self.quant_tensor())
-        state["weight"] = self.weight
+        state["weight"] = self.codes
         if self.bias is not None:
             state["bias"] = self.bias
         for key, tensor in state.items():
@@ -219,3 +258,18 @@ class QuantLinear(nn.Linear):
             return  # float or incomplete entries: the missing keys are reported by name
         if spec != self.spec:
             raise FormatError(f"{prefix}weight was saved with {spec}, but the layer was built with {self.spec}")
+
+
+def read_as_float(model: nn.Module) -> int:
+    """Let `weight` of every QuantLinear in `model` read as the float tensor deq(W) `[N, K]`, decoded at each use.
+
+    For code that asks a linear layer for its weight's shape, type or values: adapter methods of other libraries,
+    initializers, analyses. The parameters of the model, its files and its memory stay as they are.
+
+    Returns:
+        How many layers there are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        layer.reads_as_float = True
+    return len(layers)

@@ -1,24 +1,62 @@
-"""Prints which versions of the other libraries the integrations were tested with."""
+"""The table of compatibility: what a run exercised of which version of which library, and with what outcome.
 
+A test joins it with `@pytest.mark.integration("trl", "SFTTrainer")`, or a module with `pytestmark`; the first is the
+name of the distribution, the second may name the test's parameters in braces: `"{method}: merging"`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Generator
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
-    "datasets",
-    "diffusers",
-)
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "ray", "diffusers", "bitsandbytes")
+# Rows of whole modules; a marker goes before it.
+MODULES = {
+    "test_accelerate": ("accelerate", "DDP in two processes, cpu_offload"),
+    "test_bitsandbytes_backend": ("bitsandbytes", "its operators on our kernels"),
+    "test_bitsandbytes_label": ("bitsandbytes", "checkpoints both ways"),
+    "test_diffusers": ("diffusers", "LoRA on UNets and DiTs, files both ways"),
+    "test_fsdp": ("torch", "FSDP2 over packed codes"),
+    "test_moe": ("transformers", "mixtures of experts"),
+    "test_multimodal": ("transformers", "pictures and sounds"),
+    "test_peft": ("peft", "unprepared base, fused LoRA, files"),
+    "test_ray": ("ray", "Train, two workers"),
+    "test_register": ("transformers", "registration by import"),
+    "test_trainer": ("transformers", "Trainer with our PeftModel, resumed"),
+    "test_zero": ("deepspeed", "ZeRO-2, ZeRO-3"),
+    "test_transformers": ("transformers", "from_pretrained, save_pretrained, dequantize"),
+}
+OUTCOMES: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "integration(library, exercised): a row of the table of compatibility")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Counts each test once: by its call, or by what came instead of it."""
+    report = yield
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        rows = [marker.args for marker in item.iter_markers("integration")]
+        module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
+        if not rows and module in MODULES:
+            rows = [MODULES[module]]
+        for library, exercised in rows:
+            OUTCOMES[library, exercised.format(**parameters)][report.outcome] += 1
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of compatibility, at the end of a run that holds these tests."""
-    terminalreporter.section("integrations were tested with")
-    for name in LIBRARIES:
-        terminalreporter.write_line(f"{name:14} {version(name)}")
+    """Prints the table in Markdown at the end of a run that holds these tests."""
+    terminalreporter.section("integrations")
+    terminalreporter.write_line("| library | version | exercised | passed | failed | skipped |")
+    terminalreporter.write_line("|---|---|---|---|---|---|")
+    for library in sorted({*LIBRARIES} - {library for library, _ in OUTCOMES}):
+        terminalreporter.write_line(f"| {library} | {version(library)} | nothing in this run | | | |")
+    for (library, exercised), counts in sorted(OUTCOMES.items()):
+        numbers = " | ".join(str(counts[outcome]) for outcome in ("passed", "failed", "skipped"))
+        terminalreporter.write_line(f"| {library} | {version(library)} | {exercised} | {numbers} |")

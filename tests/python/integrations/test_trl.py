@@ -1,5 +1,7 @@
-"""TRL's trainers over packed bases: a PEFT model, and one that is accelerated."""
+"""TRL's trainers over packed bases: a PEFT model, one that is accelerated, and one of ours; and the examples."""
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import ferrolora as fl
-from ferrolora.integrations.peft import accelerate
+from ferrolora.integrations.peft import accelerate, to_peft
 from ferrolora.nn import QuantLinear
 from tiny.folders import save, tokenizer
 from tiny.models import llama
@@ -31,6 +33,8 @@ COMMON: dict[str, Any] = {
     "dataloader_pin_memory": False,
     "activation_checkpointing": False,
 }
+KINDS = ["peft", "peft, accelerated", "ours"]
+ROOT = Path(__file__).parents[3]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -46,6 +50,8 @@ def base(directory: Path) -> Any:
 def model(kind: str, directory: Path) -> Any:
     quantized = base(directory)
     torch.manual_seed(1)
+    if kind == "ours":
+        return to_peft(fl.get_peft_model(quantized, fl.LoraConfig(**LORA)))
     made = peft.get_peft_model(quantized, peft.LoraConfig(**LORA))
     if kind == "peft, accelerated":
         assert accelerate(made) == 4
@@ -65,7 +71,8 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["peft", "peft, accelerated"])
+@pytest.mark.integration("trl", "SFTTrainer, resumed: {kind}")
+@pytest.mark.parametrize("kind", KINDS)
 def test_supervised_training_resumes_from_a_checkpoint_that_is_the_adapter_alone(kind: str, tmp_path: Path) -> None:
     whole = sft(kind, tmp_path / "float", tmp_path / "whole")
     whole.train()
@@ -79,7 +86,8 @@ def test_supervised_training_resumes_from_a_checkpoint_that_is_the_adapter_alone
     assert losses(resumed) == losses(whole)
 
 
-@pytest.mark.parametrize("kind", ["peft", "peft, accelerated"])
+@pytest.mark.integration("trl", "DPOTrainer: {kind}")
+@pytest.mark.parametrize("kind", KINDS)
 def test_preference_training_starts_from_indifference_and_uses_no_second_copy(kind: str, tmp_path: Path) -> None:
     pairs = Dataset.from_dict(
         {"prompt": ["ab ", "cd "] * 4, "chosen": ["good", "fine"] * 4, "rejected": ["x", "y"] * 4}
@@ -97,3 +105,36 @@ def test_preference_training_starts_from_indifference_and_uses_no_second_copy(ki
     # policy and reference are the same model before the first step: -log sigmoid(0)
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """Runs an example in this process; returns its variables."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+@pytest.mark.integration("trl", "examples/{name}")
+@pytest.mark.parametrize("name", ["sft.py", "dpo.py", "grpo.py"])
+def test_an_example_trains_the_adapter_and_saves_it_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(llama(max_position_embeddings=128), tmp_path / "float")
+    trainer = example(name, monkeypatch, str(tmp_path / "float"), str(tmp_path / "out"), "--steps", "2")["trainer"]
+    assert trainer.state.global_step == 2
+    assert sum(isinstance(module, QuantLinear) for module in trainer.model.modules()) == 14
+    stored = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert any(key.endswith("lora_B.weight") and value.abs().sum() > 0 for key, value in stored.items())
+    assert all("lora_" in key for key in stored)
+
+
+@pytest.mark.integration("peft", "examples/peft_route.py --method {method}")
+@pytest.mark.parametrize("method", ["lora", "loha"])
+def test_the_example_of_pefts_route_trains_and_merges(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(llama(), tmp_path / "float")
+    run = example("peft_route.py", monkeypatch, str(tmp_path / "float"), str(tmp_path / "out"), "--method", method)
+    lines = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert lines[-1] < lines[0]
+    # W + ΔW rounded once to float32, then the sums of the products in another order
+    torch.testing.assert_close(run["after"], run["before"], atol=1e-5, rtol=0)

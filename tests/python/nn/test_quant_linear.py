@@ -55,7 +55,7 @@ def test_the_weight_is_a_frozen_parameter_and_the_scales_are_buffers() -> None:
     assert isinstance(layer, nn.Linear)
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     assert [name for name, _ in layer.named_buffers()] == ["weight_absmax", "weight_nested_absmax", "weight_offset"]
-    assert layer.W_q is layer.weight
+    assert layer.W_q is layer.codes is dict(layer.named_parameters())["weight"]
     assert not layer.weight.requires_grad
     assert (layer.in_features, layer.out_features, layer.compute_dtype) == (101, 33, torch.float32)
     with pytest.raises(RuntimeError, match="floating point"):
