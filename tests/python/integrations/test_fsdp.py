@@ -85,7 +85,7 @@ def test_each_process_holds_its_share_of_the_codes_and_all_scales(
     seen = processes.call(__file__, "held_after_a_step", [spec], tmp_path, ranks)
     assert sum(sharding.held for sharding, _ in seen) == sum(p.nbytes for p in parameters)
     for sharding, living in seen:
-        assert living == sum(ceilings[layer.weight] for layer in packed(model))
+        assert living == sum(ceilings[layer.codes] for layer in packed(model))
         assert sharding.held <= sum(ceilings.values())
         assert sharding.replicated == sum(buffer.nbytes for buffer in model.buffers())
         assert sharding.total == sum(p.nbytes for p in parameters)
