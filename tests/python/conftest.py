@@ -1,10 +1,21 @@
 """Fixtures that several packages' tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
+
+from tables import integrations, methods
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core; a test of threads sets its own number
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for plugin in (integrations, methods):
+        config.pluginmanager.register(plugin)
 
 
 @pytest.fixture(autouse=True)

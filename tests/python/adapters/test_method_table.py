@@ -17,6 +17,7 @@ import ferrolora as fl
 from ferrolora.adapters.base import dense_linear
 from ferrolora.model.inject import replace_module
 from ferrolora.model.merge import packed_linears
+from tables.methods import cell
 from tiny import models
 from tiny.methods import CASES, Case, base_of, float_weights, perturb
 from tiny.text import questions
@@ -165,15 +166,9 @@ CHECKS: dict[str, Callable[[str, World, Path], None]] = {
 @pytest.mark.parametrize("kind", ["float32", "nf4+dq", "int8"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("check", CHECKS)
-def test_cell(check: str, name: str, kind: str, tmp_path: Path, method_table: Any, method_reasons: list[str]) -> None:
+def test_cell(check: str, name: str, kind: str, tmp_path: Path, record_property: Any) -> None:
     case = CASES[name]
-    row = method_table[name, kind]
     reason = case.reason(check, kind)
-    if reason is not None:
-        if reason not in method_reasons:
-            method_reasons.append(reason)
-        row[check] = f"[{method_reasons.index(reason) + 1}]"
-        return
-    row[check] = "FAIL"
-    CHECKS[check](name, World(case, kind), tmp_path)
-    row[check] = "pass"
+    record_property(*cell(name, kind, check, reason))
+    if reason is None:
+        CHECKS[check](name, World(case, kind), tmp_path)

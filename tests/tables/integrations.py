@@ -28,7 +28,8 @@ MODULES = {
     "test_zero": ("deepspeed", "ZeRO-2, ZeRO-3"),
     "test_transformers": ("transformers", "from_pretrained, save_pretrained, dequantize"),
 }
-OUTCOMES: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+_ROW = "integration"
+_outcomes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Counts each test once: by its call, or by what came instead of it."""
+    """Notes a test's rows in its report, once: in that of its call, or of what came instead."""
     report = yield
     if report.when == "call" or (report.when == "setup" and not report.passed):
         parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -45,18 +46,27 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
         if not rows and module in MODULES:
             rows = [MODULES[module]]
-        for library, exercised in rows:
-            OUTCOMES[library, exercised.format(**parameters)][report.outcome] += 1
+        report.user_properties += [(_ROW, (library, text.format(**parameters))) for library, text in rows]
     return report
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts what the reports of all processes noted."""
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        for name, row in report.user_properties:
+            if name == _ROW:
+                _outcomes[tuple(row)][report.outcome] += 1
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table in Markdown at the end of a run that holds these tests."""
+    """Prints the table in Markdown at the end of a run that holds such tests."""
+    if not _outcomes:
+        return
     terminalreporter.section("integrations")
     terminalreporter.write_line("| library | version | exercised | passed | failed | skipped |")
     terminalreporter.write_line("|---|---|---|---|---|---|")
-    for library in sorted({*LIBRARIES} - {library for library, _ in OUTCOMES}):
+    for library in sorted({*LIBRARIES} - {library for library, _ in _outcomes}):
         terminalreporter.write_line(f"| {library} | {version(library)} | nothing in this run | | | |")
-    for (library, exercised), counts in sorted(OUTCOMES.items()):
+    for (library, exercised), counts in sorted(_outcomes.items()):
         numbers = " | ".join(str(counts[outcome]) for outcome in ("passed", "failed", "skipped"))
         terminalreporter.write_line(f"| {library} | {version(library)} | {exercised} | {numbers} |")
