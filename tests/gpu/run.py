@@ -4,7 +4,7 @@
 
 Needs in the Python that runs it: torch with CUDA, cuda-core, pytest, pytest-timeout, and ferrolora's own dependencies.
 Prints what fails, writes `<date>-<gpu>.json` (doctor, tests, benchmark rows), and exits with status 1 if a test or the
-benchmark failed. The machine needs this file, tests/python/gpu, tests/python/conftest.py, tests/tables, tests/tiny, pyproject.toml.
+benchmark failed. The machine needs this file, pyproject.toml, and of tests/: python/{gpu,conftest.py}, tables, tiny.
 """
 
 from __future__ import annotations
