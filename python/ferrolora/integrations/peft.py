@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ferrolora.errors import UnsupportedError
+from ferrolora.model.conv1d import as_conv1d
 from ferrolora.model.peft_model import PeftModel
 from ferrolora.nn import QuantLinear, read_as_float
 from ferrolora.ops.linear import LowRank
@@ -155,6 +156,8 @@ class _SafeMerge:
             plain.bias = base.bias
             layer.base_layer = plain.train(base.training)
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if base.conv1d:
+                return as_conv1d(layer.get_base_layer())
         merged: nn.Module = layer.get_base_layer()
         return merged
 

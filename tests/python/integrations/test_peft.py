@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import ferrolora as fl
 from ferrolora.integrations.peft import accelerate
@@ -97,6 +99,20 @@ def test_merging_gives_float_layers_with_the_same_answers_or_is_refused(method: 
     assert isinstance(merged.model.layers[0].self_attn.o_proj, QuantLinear)  # had no adapter
     # W + ΔW rounded once to float32, then the sums of the products in another order
     torch.testing.assert_close(models.logits(merged), before, atol=5e-6, rtol=0)
+
+
+def test_merged_layers_of_gpt2_are_conv1d_again(tmp_path: Path) -> None:
+    models.gpt2().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=fl.FerroloraConfig())
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_proj"], init_lora_weights=False))
+    accelerate(model)
+    expected = models.logits(model.eval())
+    merged = model.merge_and_unload()
+    layer = merged.transformer.h[0].attn.c_proj
+    assert isinstance(layer, Conv1D)
+    assert isinstance(merged.transformer.h[0].attn.c_attn, QuantLinear)
+    # (W + Δ)x for Wx + Δx: float32 sums of 128 products in another order, in two layers
+    torch.testing.assert_close(models.logits(merged), expected, atol=5e-6, rtol=0)
 
 
 def test_unloading_gives_back_the_packed_base() -> None:
