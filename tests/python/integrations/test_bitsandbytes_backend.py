@@ -1,8 +1,10 @@
 """bitsandbytes' own functions and layers on our kernels, against what they gave before."""
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -123,3 +125,12 @@ def test_it_is_opt_in_and_undone() -> None:
 def test_importing_the_plug_in_does_not_import_bitsandbytes() -> None:
     code = "import sys, ferrolora.integrations.bitsandbytes; assert 'bitsandbytes' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_example_gives_the_same_outputs_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).resolve().parents[3] / "examples/bitsandbytes_backend.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--size", "128"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "largest difference of the outputs" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Checkpoints of ours in bitsandbytes, and its checkpoints here, with the same weights."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,13 @@ def test_only_a_checkpoint_of_ours_is_exported_and_nothing_is_overwritten(tmp_pa
     with pytest.raises(fl.FormatError, match="not empty"):
         export_checkpoint(tmp_path / "q", tmp_path / "float")
     assert getattr(read_config(tmp_path / "float"), "quantization_config", None) is None
+
+
+def test_the_example_loads_the_same_weights_three_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama().save_pretrained(tmp_path / "float")
+    script = Path(__file__).resolve().parents[3] / "examples/checkpoints.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "float"), str(tmp_path / "out")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "14 weights quantized" in capsys.readouterr().out
