@@ -25,7 +25,7 @@ from ferrolora.bench import plot as plot_module
 from ferrolora.bench.contender import BITSANDBYTES, OURS, PEFT, TORCH
 from ferrolora.bench.result import Result, read_result
 from ferrolora.bench.row import Row, times_as_fast, to_json
-from ferrolora.bench.table import ROW_HEADER, TARGET_HEADER, row_cells, target_cells, without_empty_columns
+from ferrolora.bench.table import ROW_HEADER, TARGET_HEADER, label, row_cells, target_cells, without_empty_columns
 from ferrolora.bench.targets import MISS, column, column_names, judge, target_threads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,11 +153,11 @@ def _losses(found: Sequence[Source]) -> str:
     lines = []
     for source in found:
         for row in source.result.rows:
-            ours = row.find(OURS)
-            for peer in PEERS:
-                theirs = row.find(peer)
-                speed = times_as_fast(ours, theirs) if ours and theirs else None
+            for theirs in row.entries:
+                ours = row.find(OURS, theirs.threads, theirs.output) or row.find(OURS, theirs.threads)
+                speed = times_as_fast(ours, theirs) if ours and theirs.library in PEERS else None
                 if speed is not None and speed < 1.0:
+                    peer = label(theirs, row.threads)
                     lines.append(f"- {row.name}: {speed:.2f} of the speed of {peer} ({source.file.name})")
     return "\n".join(lines) if lines else "In no row is it slower than a peer."
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ferrolora.cli.models import check_choice
-from ferrolora.errors import FormatError
+from ferrolora.io.checkpoint import require_free
 
 
 def command(
@@ -34,7 +34,6 @@ def command(
         return
     from ferrolora.io.export_adapter import export_adapter
 
-    if destination.exists() and not overwrite and (not destination.is_dir() or any(destination.iterdir())):
-        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    require_free(destination, overwrite, source)
     count = export_adapter(source, destination)
     print(f"{destination}: {count} matrices scaled")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ferrolora.cli.console import model_errors, print_json, quiet_transformers
-from ferrolora.cli.models import DTYPES, QUANT_CHOICES, check_choice, load_model, load_tokenizer
+from ferrolora.cli.models import DTYPES, QUANT_CHOICES, check_choice, load_model, load_tokenizer, require_directory
 
 
 def command(
@@ -31,6 +31,7 @@ def command(
     quiet_transformers()
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 
+    require_directory(model)
     with model_errors(model):
         tokenizer = load_tokenizer(model)
         network = load_model(AutoModelForCausalLM, model, quant, dtype)

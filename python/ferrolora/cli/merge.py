@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ferrolora.cli.console import model_errors, print_json, print_table, progress, quiet_transformers
-from ferrolora.cli.models import check_choice
+from ferrolora.cli.models import check_choice, require_directory
 from ferrolora.spec import QUANT_TYPES, QuantSpec
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -34,6 +34,8 @@ def command(
     """
     check_choice("--dtype", dtype, _DTYPES)
     check_choice("--quant", quant, ("none", *QUANT_TYPES))
+    require_directory(model)
+    require_directory(adapter)
     quiet_transformers()
     from ferrolora.integrations.merge_plan import merge_plan
     from ferrolora.io.merge_checkpoint import merge_checkpoint

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from ferrolora.errors import FormatError
 from ferrolora.spec import QUANT_TYPES, QuantSpec
 
 QUANT_CHOICES = (*QUANT_TYPES, "none")
@@ -16,6 +18,16 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Usage error if `value` is not one of `choices`."""
     if value not in choices:
         raise typer.BadParameter(f"{option} {value!r} is not one of {', '.join(choices)}")
+
+
+def require_directory(path: str | Path) -> None:
+    """FormatError unless `path`, if it can only mean a directory, is one.
+
+    A `Path` always means one; a text does that begins with `/`, `./`, `../` or `~`. Others may be names on the Hub.
+    """
+    means_one = isinstance(path, Path) or path.startswith(("/", "./", "../", "~"))
+    if means_one and not Path(path).is_dir():
+        raise FormatError(f"{path}: no such directory")
 
 
 def load_model(
@@ -47,4 +59,6 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer that belongs to a model directory or name."""
     from transformers import AutoTokenizer
 
+    if Path(model).is_dir() and not any(Path(model).glob("*token*")) and not any(Path(model).glob("vocab.*")):
+        raise FormatError(f"{model}: holds no tokenizer (tokenizer.json, …); copy its files from the original model")
     return AutoTokenizer.from_pretrained(model)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ferrolora.cli.console import megabytes, model_errors, print_json, print_table, progress, quiet_transformers
+from ferrolora.cli.models import require_directory
 from ferrolora.errors import UnsupportedError
 from ferrolora.io.quantize_checkpoint import QuantizeSummary
 from ferrolora.spec import QuantSpec
@@ -31,6 +32,7 @@ def command(
     by from_pretrained (import ferrolora first). Heads, embeddings and norms stay as they are.
     """
     spec = _spec(quant, block_size, double_quant)
+    require_directory(source)
     quiet_transformers()
     from ferrolora.integrations.checkpoint_names import linear_tensors
     from ferrolora.integrations.transformers import FerroloraConfig

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ferrolora.cli.console import megabytes, model_errors, print_json, progress, quiet_transformers
-from ferrolora.cli.models import DTYPES, QUANT_CHOICES, check_choice, load_model, load_tokenizer
+from ferrolora.cli.models import DTYPES, QUANT_CHOICES, check_choice, load_model, load_tokenizer, require_directory
 from ferrolora.errors import FormatError
 from ferrolora.io.checkpoint import write_json
 from ferrolora.train.data import TASKS, detect_task, label_names, read_causal, read_classification, split, split_causal
@@ -138,6 +138,7 @@ def command(
 
 def run(options: Options, settings: TrainSettings) -> dict[str, Any]:
     """Train as asked; returns what `log.json` holds."""
+    require_directory(options.model)
     _claim(options)
     quiet_transformers()
     import transformers
@@ -217,6 +218,8 @@ def _adapt(model: Any, options: Options, classification: bool) -> Any:
 
 def _claim(options: Options) -> None:
     output = options.output
+    if Path(options.model).is_dir() and output.resolve() == Path(options.model).resolve():
+        raise FormatError(f"{output}: is the model; give another directory for the adapter")
     if output.exists() and not output.is_dir():
         raise FormatError(f"{output}: is a file, not a directory")
     if options.resume:
@@ -293,6 +296,8 @@ def _print(log: dict[str, Any], output: Path) -> None:
     losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
     if losses:
         print(f"training loss     {losses[0]:.4f} -> {losses[-1]:.4f} in {log['steps']} steps, {log['seconds']:.0f} s")
+    elif mean := [entry["train_loss"] for entry in log["history"] if "train_loss" in entry]:
+        print(f"training loss     {mean[0]:.4f}, the mean of {log['steps']} steps, {log['seconds']:.0f} s")
     if "eval_loss" in metrics:
         print(f"evaluation loss   {metrics['eval_loss']:.4f}")
     if "eval_accuracy" in metrics:

@@ -19,6 +19,7 @@ from ferrolora.io.checkpoint import (
     Checkpoint,
     copy_side_files,
     read_json,
+    require_free,
     temporary_sibling,
     write_json,
 )
@@ -141,8 +142,7 @@ def export_checkpoint(source: Path, destination: Path, overwrite: bool = False) 
     stored = config.get("quantization_config", {})
     if stored.get("quant_method") != "ferrolora":
         raise FormatError(f"{source / CONFIG_NAME}: quant_method is {stored.get('quant_method')!r}, not 'ferrolora'")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    require_free(destination, overwrite, source)
     spec = QuantSpec(stored["quant_type"], stored["block_size"], stored["double_quant"])
     checkpoint = Checkpoint(source)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")

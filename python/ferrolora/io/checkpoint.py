@@ -220,6 +220,23 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int)
     write_json(directory / INDEX_NAME, content)
 
 
+def require_free(destination: Path, overwrite: bool, *sources: Path) -> None:
+    """Raises FormatError unless a result may be written to the directory `destination`.
+
+    Args:
+        destination: need not exist.
+        overwrite: whether it may hold something.
+        sources: what the result is made from; the destination must be none of them, since overwriting deletes first.
+    """
+    for source in sources:
+        if destination.resolve() == source.resolve():
+            raise FormatError(f"{destination}: is what is read; give another directory for the result")
+    if destination.exists() and not destination.is_dir():
+        raise FormatError(f"{destination}: is a file, not a directory")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces the weights and config in it")
+
+
 def copy_side_files(source: Path, destination: Path) -> None:
     """Copy the files beside the weights (tokenizer, generation config, model card); not weights, not `config.json`."""
     for file in sorted(source.iterdir()):

@@ -24,6 +24,7 @@ from ferrolora.io.checkpoint import (
     SafetensorsWriter,
     copy_side_files,
     read_json,
+    require_free,
     write_index,
     write_json,
 )
@@ -107,8 +108,7 @@ def merge_checkpoint(
     """
     config = read_json(source / CONFIG_NAME)
     checkpoint = _decoded(source, config, plan) if config.pop("quantization_config", None) else Checkpoint(source)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())) and not overwrite:
-        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    require_free(destination, overwrite, source, adapter)
     job = _Merge(plan, adapter)
     destination.mkdir(parents=True, exist_ok=True)
     for stale in [*destination.glob("*.safetensors"), destination / INDEX_NAME, destination / CONFIG_NAME]:

@@ -18,6 +18,7 @@ from ferrolora.io.checkpoint import (
     SafetensorsWriter,
     copy_side_files,
     read_json,
+    require_free,
     sha256,
     write_checksums,
     write_index,
@@ -111,6 +112,7 @@ def quantize_checkpoint(
     if unknown:
         raise FormatError(f"{source}: holds no tensor {unknown[0]!r} ({len(unknown)} of {len(weights)} are missing)")
     marker = _marker(checkpoint, weights, spec)
+    require_free(destination, True, source)
     finished = _claim(destination, marker, overwrite)
 
     summary = QuantizeSummary(bytes_before=checkpoint.nbytes, quantized=len(weights))
@@ -249,16 +251,13 @@ def _target_name(shard: Path) -> str:
 def _claim(destination: Path, marker: dict[str, Any], overwrite: bool) -> dict[str, str]:
     """Make the destination ours; the checksums of the shards that an earlier, interrupted run of ours completed."""
     progress_file = destination / PROGRESS_NAME
-    if destination.exists() and not destination.is_dir():
-        raise FormatError(f"{destination}: is a file, not a directory")
     if not overwrite and progress_file.is_file():
         noted = read_json(progress_file)
         if noted.get("run") == marker:
             for left_over in destination.glob(".*.tmp"):  # of a writer that was killed
                 left_over.unlink()
             return dict(noted.get("finished", {}))
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise FormatError(f"{destination}: exists and is not empty; --overwrite replaces what it holds")
+    require_free(destination, overwrite)
     destination.mkdir(parents=True, exist_ok=True)
     others = [destination / name for name in (INDEX_NAME, CONFIG_NAME, CHECKSUMS_NAME)]
     for stale in [*destination.glob("*.safetensors"), *others]:
